@@ -1,0 +1,58 @@
+# For people and packagers; Cargo does the work.
+
+PREFIX ?= /usr
+DESTDIR ?=
+# /etc belongs to the system's own prefixes; any other one has its own.
+SYSCONFDIR ?= $(if $(filter /usr /usr/local,$(PREFIX)),/etc,$(PREFIX)/etc)
+
+# What to install: the release build unless told otherwise.
+PLUGIN ?= target/release/libspank_pyxis.so
+EXECUTABLE ?= target/release/pyxis
+
+plugindir = $(PREFIX)/lib/spank-pyxis
+plugin = $(plugindir)/spank_pyxis.so
+executable = $(PREFIX)/bin/pyxis
+config = $(SYSCONFDIR)/pyxis/pyxis.toml
+# The plugin knows where it is installed by default; anywhere else it has to be told.
+arguments = $(if $(filter /usr,$(PREFIX)),, executable=$(executable) config=$(config))
+
+.PHONY: build
+build:
+	cargo build --release --locked
+
+# A Slurm cluster with Pyxis on this machine, to play with.
+.PHONY: demo
+demo:
+	packaging/demo/run
+
+.PHONY: demo-stop
+demo-stop:
+	$(or $(CARGO_TARGET_DIR),target)/release/testbed down
+
+# All tests. Needs root: they start a real Slurm.
+.PHONY: test
+test: prerequisites
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	cargo test --workspace --locked --no-fail-fast
+	packaging/fuzz-briefly
+
+.PHONY: prerequisites
+prerequisites:
+	packaging/prerequisites
+
+# Installs beside what is running: files are replaced by renaming, because step managers have the old ones mapped.
+.PHONY: install
+install: $(PLUGIN) $(EXECUTABLE)
+	install -d -m 0755 $(DESTDIR)$(plugindir) $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/pyxis
+	install -d -m 0755 $(DESTDIR)$(dir $(config))
+	install -m 0644 $(PLUGIN) $(DESTDIR)$(plugin).new
+	mv -f $(DESTDIR)$(plugin).new $(DESTDIR)$(plugin)
+	install -m 0755 $(EXECUTABLE) $(DESTDIR)$(executable).new
+	mv -f $(DESTDIR)$(executable).new $(DESTDIR)$(executable)
+	sed -n 's|^required .*|required $(plugin)$(arguments)|p' plugstack.conf.d/pyxis.conf > $(DESTDIR)$(PREFIX)/share/pyxis/.pyxis.conf.new
+	mv -f $(DESTDIR)$(PREFIX)/share/pyxis/.pyxis.conf.new $(DESTDIR)$(PREFIX)/share/pyxis/pyxis.conf
+	test -e $(DESTDIR)$(config) || install -m 0644 packaging/pyxis.toml $(DESTDIR)$(config)
+
+$(PLUGIN) $(EXECUTABLE):
+	@echo "$@ is missing: run 'make build' first" >&2; exit 1

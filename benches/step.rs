@@ -1,0 +1,240 @@
+//! What a container costs a step: the figures of the README, as Markdown.
+//!
+//! Everything is measured in turns (a bare step, a contained one, a bare one, …), so that what else the machine does
+//! hits all alike, and reported as medians. `cargo bench --bench step`; needs root, as the tests do.
+
+#![forbid(unsafe_code)]
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use testbed::install::Build;
+use testbed::{ClusterOptions, Testbed, images, process};
+
+/// Rounds of each comparison.
+const ROUNDS: usize = 60;
+/// Unpacked size of the large image.
+const LARGE: u64 = 2 << 30;
+
+fn main() -> ExitCode {
+    match bench() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("step: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn bench() -> Result<()> {
+    let build = Build::of(env!("CARGO_BIN_EXE_pyxis"));
+    let options = ClusterOptions { nodes: 1, ..ClusterOptions::default() };
+    let bed = Testbed::start(&format!("bench-{}", std::process::id()), &build, &options)?;
+    bed.hub.push(&images::busybox(&bed.site.make_directory("state/alpine")?)?, "library/alpine:latest")?;
+    bed.hub.push(&images::large(LARGE)?, "library/large:latest")?;
+    // Into the store.
+    for image in ["alpine", "large"] {
+        bed.cluster.srun([&format!("--container-image={image}"), "true"])?.success()?;
+    }
+    let plugin = fs::metadata(&build.plugin)?.len();
+    println!("| figure | baseline | with Pyxis | difference | ratio | CPU, baseline | CPU, with Pyxis |");
+    println!("| --- | ---: | ---: | ---: | ---: | ---: | ---: |");
+    steps(&bed)?;
+    plugin_alone(&bed)?;
+    runtimes(&bed)?;
+    println!("\nMedians of {ROUNDS} alternating runs; CPU is the mean of the whole machine's, idle time left out.");
+    println!("Size of the plugin, stripped: {:.2} MiB.", plugin as f64 / f64::from(1 << 20));
+    Ok(())
+}
+
+/// One way to do the same thing.
+struct Contender<'a> {
+    name: String,
+    run: Box<dyn FnMut() -> Result<()> + 'a>,
+    /// Milliseconds of each round.
+    wall: Vec<f64>,
+    /// CPU milliseconds of all rounds.
+    cpu: f64,
+}
+
+impl<'a> Contender<'a> {
+    fn new(name: impl Into<String>, run: impl FnMut() -> Result<()> + 'a) -> Self {
+        Self { name: name.into(), run: Box::new(run), wall: Vec::new(), cpu: 0.0 }
+    }
+
+    fn round(&mut self) -> Result<()> {
+        let (busy, start) = (busy_milliseconds()?, Instant::now());
+        (self.run)()?;
+        self.wall.push(start.elapsed().as_secs_f64() * 1e3);
+        self.cpu += busy_milliseconds()? - busy;
+        Ok(())
+    }
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
+}
+
+/// Runs all in turns and prints a line for each against the first.
+fn compare(contenders: &mut [Contender<'_>]) -> Result<()> {
+    // The first round of each fills caches.
+    for round in 0..=ROUNDS {
+        for contender in contenders.iter_mut() {
+            contender.round().with_context(|| contender.name.clone())?;
+            if round == 0 {
+                contender.wall.clear();
+                contender.cpu = 0.0;
+            }
+        }
+    }
+    let Some((baseline, others)) = contenders.split_first() else { return Ok(()) };
+    for other in others {
+        let differences: Vec<_> = other.wall.iter().zip(&baseline.wall).map(|(with, without)| with - without).collect();
+        let (with, without, rounds) = (median(&other.wall), median(&baseline.wall), ROUNDS as f64);
+        println!(
+            "| {} against {} | {without:.1} ms | {with:.1} ms | {:+.1} ms | {:.2} | {:.1} ms | {:.1} ms |",
+            other.name,
+            baseline.name,
+            median(&differences),
+            with / without,
+            baseline.cpu / rounds,
+            other.cpu / rounds,
+        );
+    }
+    Ok(())
+}
+
+/// Time that all processors together have not been idle, in milliseconds since boot (proc(5), `/proc/stat`; ticks of
+/// 10 ms).
+fn busy_milliseconds() -> Result<f64> {
+    let stat = fs::read_to_string("/proc/stat")?;
+    let fields = stat.lines().next().unwrap_or_default().split_whitespace().skip(1);
+    let ticks: Vec<f64> = fields.map(|field| field.parse().unwrap_or(0.0)).collect();
+    ensure!(ticks.len() > 7, "unexpected /proc/stat");
+    // user nice system idle iowait irq softirq steal
+    Ok((ticks[0] + ticks[1] + ticks[2] + ticks[5] + ticks[6]) * 10.0)
+}
+
+/// An allocation that steps are started in.
+struct Allocation<'a> {
+    bed: &'a Testbed,
+    job: String,
+}
+
+impl<'a> Allocation<'a> {
+    fn new(bed: &'a Testbed) -> Result<Self> {
+        let arguments = ["--no-shell", "--quiet", "-N1", "-n16", "--job-name=bench"];
+        let allocated = process::run(&mut bed.cluster.command(0, "salloc", arguments), testbed::wait::DEADLINE)?;
+        allocated.success()?;
+        let job = bed.cluster.admin("squeue", ["--noheader", "--name=bench", "--format=%i"])?.trim().to_owned();
+        Ok(Self { bed, job })
+    }
+
+    /// Runs `srun OPTIONS true` in it.
+    fn step(&self, options: &[String]) -> Result<()> {
+        let job = format!("--jobid={}", self.job);
+        let mut command = self.bed.cluster.command(0, "srun", [job.as_str(), "-N1", "--mpi=none"]);
+        quiet(command.args(options).arg("/bin/true"))
+    }
+}
+
+impl Drop for Allocation<'_> {
+    fn drop(&mut self) {
+        // The cluster goes down anyway.
+        let _ = self.bed.cluster.admin("scancel", [&self.job]);
+    }
+}
+
+/// Runs a command for its success only.
+fn quiet(command: &mut Command) -> Result<()> {
+    let output = command.stdin(Stdio::null()).output()?;
+    ensure!(output.status.success(), "{command:?}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// A step in an image that is in the store, against the same step without a container.
+fn steps(bed: &Testbed) -> Result<()> {
+    let allocation = Allocation::new(bed)?;
+    for tasks in [1, 8] {
+        let options = |image: Option<&str>| -> Vec<String> {
+            std::iter::once(format!("-n{tasks}")).chain(image.map(|name| format!("--container-image={name}"))).collect()
+        };
+        let noun = if tasks == 1 { "1 task" } else { "8 tasks" };
+        let contender = |name: String, image: Option<&str>| {
+            let (allocation, options) = (&allocation, options(image));
+            Contender::new(name, move || allocation.step(&options))
+        };
+        compare(&mut [
+            contender(format!("a bare step, {noun}"), None),
+            contender("a step in a 2 MiB image".into(), Some("alpine")),
+            contender("a step in a 2 GiB image".into(), Some("large")),
+        ])?;
+    }
+    Ok(())
+}
+
+/// A step without any option, with the plugin loaded and without.
+fn plugin_alone(bed: &Testbed) -> Result<()> {
+    let allocation = Allocation::new(bed)?;
+    let bare = ["-n1".to_owned()];
+    compare(&mut [
+        Contender::new("`srun true` without plugins", || {
+            bed.cluster.set_plugstack("")?;
+            allocation.step(&bare)
+        }),
+        Contender::new("`srun true`", || {
+            bed.cluster.set_plugstack(&bed.pyxis.plugstack)?;
+            allocation.step(&bare)
+        }),
+    ])
+}
+
+/// `pyxis run` against other ways to start a container, all on the node and as the same user where they can.
+fn runtimes(bed: &Testbed) -> Result<()> {
+    let node = &bed.cluster.nodes()[0];
+    let user = bed.cluster.user(0);
+    if Path::new("/sys/fs/cgroup/unified").exists() {
+        // crun refuses machines that have both versions of cgroups mounted.
+        quiet(node.command("mount").args(["-t", "cgroup2", "cgroup2", "/sys/fs/cgroup"]))?;
+    }
+    let tree = bed.site.make_directory("state/bundle/rootfs")?;
+    images::busybox_tree(&tree)?;
+    let bundle = write_bundle(&tree)?;
+    let text = |path: &Path| path.display().to_string();
+    let pyxis = || {
+        let mut command = node.command(&text(&bed.pyxis.executable));
+        command.arg("--config").arg(&bed.pyxis.config).args(["run", "--user", &user.name, "alpine", "--", "/bin/true"]);
+        quiet(&mut command)
+    };
+    let crun =
+        || quiet(node.command("crun").args(["--cgroup-manager=disabled", "run", "--bundle", &text(&bundle), "bench"]));
+    let bwrap = || {
+        let mut command = node.command("setpriv");
+        command.args(["--reuid", &user.uid.to_string(), "--regid", &user.gid.to_string(), "--init-groups", "bwrap"]);
+        command.args(["--bind", &text(&tree), "/", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "/bin/true"]);
+        quiet(&mut command)
+    };
+    compare(&mut [Contender::new("`crun run`", crun), Contender::new("`pyxis run`", pyxis)])?;
+    compare(&mut [Contender::new("`bwrap`", bwrap), Contender::new("`pyxis run`", pyxis)])
+}
+
+/// A runtime-spec bundle around `tree`: crun's own template with another command.
+fn write_bundle(tree: &Path) -> Result<PathBuf> {
+    let bundle = tree.parent().context("the tree is in a bundle")?.to_owned();
+    fs::set_permissions(&bundle, fs::Permissions::from_mode(0o755))?;
+    process::output_of(Command::new("crun").arg("spec").current_dir(&bundle))?;
+    let config = bundle.join("config.json");
+    let mut spec: Value = serde_json::from_slice(&fs::read(&config)?)?;
+    spec["process"]["args"] = json!(["/bin/true"]);
+    spec["process"]["terminal"] = json!(false);
+    spec["root"] = json!({ "path": "rootfs", "readonly": false });
+    fs::write(&config, serde_json::to_vec(&spec)?)?;
+    Ok(bundle)
+}

@@ -1,0 +1,3 @@
+/* What bindgen reads to make the spank-sys crate: Slurm's plugin interface. */
+#include <slurm/slurm_errno.h>
+#include <slurm/spank.h>

@@ -1,0 +1,285 @@
+//! An image for a user: from the store if the registry confirmed it lately, else through an importer.
+//!
+//! The broker's side of an import, for the broker of a step, `pyxis run` and `pyxis pull`. Nothing here reads what came
+//! from a registry, except the few numbers and digests of [`crate::importer::protocol`], each checked before use: the
+//! importer reads hostile data and is not trusted.
+//!
+//! * [`acquire`]: the warm path, and what is remembered after the cold one;
+//! * [`session`]: the conversation with one importer, and what becomes of each layer;
+//! * [`process`]: the importer and the credentials reader as child processes;
+//! * [`roles`]: their first steps, in which they take on their identities.
+
+mod process;
+mod roles;
+mod session;
+
+use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::config::RegistryConfig;
+use crate::image::digest::Digest;
+use crate::image::reference::ImageReference;
+use crate::importer::protocol::{FailureKind, ImportLimits};
+use crate::request::{Environment, User};
+use crate::store::{
+    Goal, LeasedLayer, ManifestRecord, PinnedMounts, ReferenceRecord, Store, StoreError, Watermarks, count, now, size,
+};
+pub use process::{Child, Importer, Processes, StartImporter};
+pub use roles::{credentials_role, importer_role};
+use session::Session;
+
+/// What the administrator decides about imports.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ImportSettings {
+    /// Mirrors, plain HTTP, timeouts: handed to the importer.
+    pub registries: RegistryConfig,
+    /// Bounds of one layer.
+    pub limits: ImportLimits,
+    /// How long a user may go on using an image before the registry is asked again whether he may have it.
+    pub confirmation: Duration,
+    /// Space that an import needs, as a multiple of the size of the blobs it downloads. Layers of usual images grow two-
+    /// to threefold.
+    pub space_factor: f64,
+    /// Between which levels the store is kept.
+    pub watermarks: Watermarks,
+    /// Name (in /etc/passwd) or number of the account that imports run under. `nobody` if there is no such name.
+    pub importer_user: String,
+    /// The importer's whole environment: proxy variables, `SSL_CERT_FILE`, `SSL_CERT_DIR`.
+    pub importer_environment: Vec<(String, String)>,
+    /// The executable that has the internal roles.
+    pub executable: PathBuf,
+}
+
+impl Default for ImportSettings {
+    fn default() -> Self {
+        Self {
+            registries: RegistryConfig::default(),
+            limits: ImportLimits { max_layer_bytes: 1 << 40, max_layer_entries: 10_000_000, max_connections: 8 },
+            confirmation: Duration::from_secs(300),
+            space_factor: 3.0,
+            watermarks: Watermarks::default(),
+            importer_user: "pyxis".into(),
+            importer_environment: Vec::new(),
+            executable: "/proc/self/exe".into(),
+        }
+    }
+}
+
+/// Who wants which image.
+#[derive(Debug, Clone, Copy)]
+pub struct AcquireRequest<'a> {
+    /// Whose credentials count, and who is given the image.
+    pub user: &'a User,
+    /// The image.
+    pub reference: &'a ImageReference,
+    /// The job's environment, for the user's credential files and helpers (`HOME`, `DOCKER_CONFIG`).
+    pub environment: &'a Environment,
+}
+
+/// An image whose layers stay in the store as long as this value, or duplicates of the layers' descriptors, exist.
+#[derive(Debug)]
+pub struct AcquiredImage {
+    /// The platform's manifest.
+    pub manifest: Digest,
+    /// The image config as it came from the registry: hostile input.
+    pub config: Vec<u8>,
+    /// Lowest layer first. A layer may occur more than once.
+    pub layers: Vec<LeasedLayer>,
+    /// Whether the registry was asked.
+    pub from_network: bool,
+}
+
+/// What happens during [`acquire`], for the user and for the caller.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ImportEvent {
+    /// The registry is going to be asked: this may take a while.
+    NetworkStart,
+    /// A process was started; it does nothing before this event has been handled, so it can be moved to a cgroup.
+    Process {
+        /// Its process id.
+        pid: u32,
+    },
+    /// The image was found. Of its layers, `missing` with `bytes` bytes of blobs are downloaded.
+    Resolved {
+        /// Layers of the image.
+        layers: usize,
+        /// Layers to download.
+        missing: usize,
+        /// Bytes to download.
+        bytes: u64,
+    },
+    /// Part of a layer has arrived.
+    Progress {
+        /// Index of the layer, lowest first.
+        layer: usize,
+        /// Bytes of the blob so far.
+        bytes: u64,
+        /// Bytes of the blob.
+        total: u64,
+    },
+    /// One line for the user: something may be wrong with the image or the credentials.
+    Warning(String),
+    /// One line for the node's log.
+    Log(String),
+}
+
+/// Why there is no image.
+#[derive(Debug, thiserror::Error)]
+pub enum ImportError {
+    /// The importer says so; the message is a whole line.
+    #[error("{message}")]
+    Refused {
+        /// Whose fault it is.
+        kind: FailureKind,
+        /// What, on what, why, next step.
+        message: String,
+    },
+    /// One of the cancel descriptors was hung up.
+    #[error("import of {image} cancelled")]
+    Cancelled {
+        /// The image.
+        image: String,
+    },
+    /// The importer could not be started.
+    #[error("cannot start the importer: {0}")]
+    Start(String),
+    /// The importer ended, hangs, or does not keep to the protocol.
+    #[error("import of {image} failed: {reason}")]
+    Importer {
+        /// The image.
+        image: String,
+        /// What is wrong with the importer.
+        reason: String,
+    },
+    /// A registry delivered a layer that other registries deliver differently.
+    #[error(
+        "layer {layer} as {origin} delivers it is not the one in the store: one of the two is forged, or was written by \
+         another release of pyxis; compare the image's source, and remove the stored one with `pyxis gc --all`"
+    )]
+    Mismatch {
+        /// The layer's diffID.
+        layer: Digest,
+        /// `HOST[:PORT]/REPOSITORY`.
+        origin: String,
+    },
+    /// The file system of the store is too full.
+    #[error(
+        "no space to import {image}: about {needed} needed, {available} available in {path}, and the rest is in use: \
+         free space there, or set store.path to a larger file system"
+    )]
+    NoSpace {
+        /// The image.
+        image: String,
+        /// Estimate, human-readable.
+        needed: String,
+        /// What there is, human-readable.
+        available: String,
+        /// The store.
+        path: String,
+    },
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Finds the image and returns it with all its layers leased, importing what the store has not.
+///
+/// Single-threaded. `events` is called on the way. Fails with [`ImportError::Cancelled`] soon after one of `cancel` is
+/// hung up (poll(2) POLLHUP, POLLRDHUP or POLLERR; data to read is no reason). The caller does not ignore SIGCHLD.
+pub fn acquire(
+    store: &Store,
+    settings: &ImportSettings,
+    request: AcquireRequest<'_>,
+    pinned: &dyn PinnedMounts,
+    cancel: &[BorrowedFd<'_>],
+    events: &mut dyn FnMut(ImportEvent),
+) -> Result<AcquiredImage, ImportError> {
+    acquire_through(&Processes, store, settings, request, pinned, cancel, events)
+}
+
+/// [`acquire`], with importers of the caller's choice.
+pub fn acquire_through(
+    starter: &dyn StartImporter,
+    store: &Store,
+    settings: &ImportSettings,
+    request: AcquireRequest<'_>,
+    pinned: &dyn PinnedMounts,
+    cancel: &[BorrowedFd<'_>],
+    events: &mut dyn FnMut(ImportEvent),
+) -> Result<AcquiredImage, ImportError> {
+    if let Some(image) = remembered(store, settings, request)? {
+        return Ok(image);
+    }
+    events(ImportEvent::NetworkStart);
+    // What the registry says counts from before it was asked.
+    let confirmed_at = now();
+    let importer = starter.start(settings, request, events)?;
+    let mut session = Session::new(store, settings, request, pinned, cancel, events, importer);
+    let image = session.resolve()?;
+    let uid = request.user.uid;
+    let before = store.manifest(uid, &image.manifest)?;
+    let confirmed = before.is_some_and(|before| {
+        is_fresh(before.confirmed_at, settings.confirmation)
+            && before.origin == image.origin
+            && before.layers == image.layers
+    });
+    let layers = session.obtain(&image, confirmed)?;
+    drop(session);
+
+    let config = store.keep_config(&image.config)?;
+    let reference = without_password(request.reference);
+    let reference = ReferenceRecord { reference, manifest: image.manifest, confirmed_at };
+    let manifest = ManifestRecord { origin: image.origin, config, layers: image.layers, confirmed_at };
+    store.confirm(uid, &reference, &manifest)?;
+    match store.collect(Goal::Watermarks(settings.watermarks), pinned, false) {
+        Ok(report) if report.removed.is_empty() => {}
+        Ok(report) => events(ImportEvent::Log(format!(
+            "removed {} ({}): the store was beyond its high watermark",
+            count(report.removed.len(), "unused layer"),
+            size(report.freed_bytes)
+        ))),
+        // The image is there: the next import or `pyxis gc` will try again.
+        Err(error) => events(ImportEvent::Log(error.to_string())),
+    }
+    Ok(AcquiredImage { manifest: reference.manifest, config: image.config, layers, from_network: true })
+}
+
+/// The image as this user was given it a short time ago, if all of it is still there.
+fn remembered(
+    store: &Store,
+    settings: &ImportSettings,
+    request: AcquireRequest<'_>,
+) -> Result<Option<AcquiredImage>, StoreError> {
+    let uid = request.user.uid;
+    let Some(reference) = store.reference(uid, &without_password(request.reference))? else { return Ok(None) };
+    if !is_fresh(reference.confirmed_at, settings.confirmation) {
+        return Ok(None);
+    }
+    let Some(manifest) = store.manifest(uid, &reference.manifest)? else { return Ok(None) };
+    let Some(config) = store.config(&manifest.config)? else { return Ok(None) };
+    let mut layers = Vec::with_capacity(manifest.layers.len());
+    for layer in &manifest.layers {
+        let Some(lease) = store.lease(&layer.diff_id)? else { return Ok(None) };
+        layers.push(lease);
+    }
+    Ok(Some(AcquiredImage { manifest: reference.manifest, config, layers, from_network: false }))
+}
+
+/// Whether something confirmed at `at` still counts. The future does not: it comes from a wrong clock.
+fn is_fresh(at: u64, confirmation: Duration) -> bool {
+    now().checked_sub(at).is_some_and(|age| age < confirmation.as_secs())
+}
+
+/// The reference as the store may know it: secrets are not written down.
+fn without_password(reference: &ImageReference) -> ImageReference {
+    let user = reference.user.as_deref().map(|user| user.split(':').next().unwrap_or_default().to_owned());
+    ImageReference { user, ..reference.clone() }
+}
+
+/// Text from outside as one line of at most `length` characters.
+fn one_line(text: &str, length: usize) -> String {
+    let line: String =
+        text.chars().map(|c| if c.is_whitespace() { ' ' } else { c }).filter(|c| !c.is_control()).collect();
+    line.trim().chars().take(length).collect()
+}

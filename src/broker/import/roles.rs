@@ -1,0 +1,145 @@
+//! The first steps of the importer and of the credentials reader: both start as root, know nothing yet, and give up what
+//! they may not have before they read a single byte.
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::str::FromStr;
+
+use rustix::process::{Pid, Resource, Rlimit};
+use rustix::thread::CapabilitySet;
+use serde::{Deserialize, Serialize};
+
+use crate::registry::credentials;
+use crate::request::{Environment, User};
+use crate::sys::channel::Channel;
+use crate::sys::memfile;
+use crate::sys::process::{become_user, close_from, die_with_parent};
+
+/// The descriptor of the channel to the broker. 0 to 2 are as usual, others are closed.
+pub(super) const CHANNEL: RawFd = 3;
+/// Most bytes of a job's environment.
+const MAX_ENVIRONMENT: u64 = 16 << 20;
+
+/// What the credentials reader is told, with one descriptor: the job's environment in a memory file.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct CredentialsRequest {
+    /// Whom to become.
+    pub user: User,
+}
+
+/// The importer: becomes the service account and serves the broker. Its arguments are the broker's process id, the uid
+/// and the gid to take, and the most bytes of a file.
+pub fn importer_role(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    let (Some(parent), Some(uid), Some(gid), Some(file_size)) = (
+        number(&mut arguments).and_then(Pid::from_raw),
+        number(&mut arguments),
+        number(&mut arguments),
+        number(&mut arguments),
+    ) else {
+        return by_hand();
+    };
+    let prepared = || -> io::Result<OwnedFd> {
+        let channel = take_channel()?;
+        drop_bounding_set()?;
+        limit(Resource::Fsize, file_size)?;
+        become_somebody(&User { uid, gid, groups: vec![] }, parent)?;
+        rustix::thread::set_no_new_privs(true)?;
+        Ok(channel)
+    };
+    match prepared() {
+        Ok(channel) => crate::importer::run(Channel::from(channel)),
+        Err(error) => failed("importer", &error),
+    }
+}
+
+/// The credentials reader: becomes the job's user, reads his files and writes a
+/// [`CredentialSet`](credentials::CredentialSet) to its standard output. Its argument is the broker's process id.
+pub fn credentials_role(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    let Some(parent) = number(&mut arguments).and_then(Pid::from_raw) else { return by_hand() };
+    match read_credentials(parent) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failed("credentials reader", &error),
+    }
+}
+
+fn read_credentials(parent: Pid) -> io::Result<()> {
+    let channel: Channel<(), CredentialsRequest> = take_channel()?.into();
+    // Gone before it said anything: there is nobody to read for.
+    let Some((request, mut descriptors)) = channel.receive()? else { return Ok(()) };
+    become_somebody(&request.user, parent)?;
+    let environment = match descriptors.pop() {
+        Some(file) => Environment::from_block(&memfile::read_all(file, MAX_ENVIRONMENT)?),
+        None => Environment::default(),
+    };
+    let home = match environment.get_str("HOME") {
+        Some(home) => PathBuf::from(home),
+        None => home_directory(request.user.uid)?,
+    };
+    let set = credentials::load(&environment, &home);
+    io::stdout().write_all(&serde_json::to_vec(&set)?)
+}
+
+fn home_directory(uid: u32) -> io::Result<PathBuf> {
+    let account = nix::unistd::User::from_uid(uid.into())?;
+    Ok(account.map_or_else(|| "/".into(), |account| account.dir))
+}
+
+/// Becomes `user` for good and ends with the broker. Secrets pass through: no core dumps.
+fn become_somebody(user: &User, parent: Pid) -> io::Result<()> {
+    limit(Resource::Core, 0)?;
+    rustix::process::chdir("/")?;
+    // A group of its own, so that the broker can end it with all that it started.
+    rustix::process::setsid()?;
+    become_user(user)?;
+    if user.uid != 0 && !rustix::thread::capabilities(None)?.permitted.is_empty() {
+        return Err(io::Error::other("privileges were not dropped"));
+    }
+    // Last: a change of identity forgets it.
+    die_with_parent(parent)
+}
+
+fn limit(resource: Resource, most: u64) -> io::Result<()> {
+    Ok(rustix::process::setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) })?)
+}
+
+/// No program that is started later can get a capability from its file.
+fn drop_bounding_set() -> io::Result<()> {
+    for capability in CapabilitySet::all().iter() {
+        match rustix::thread::remove_capability_from_bounding_set(capability) {
+            // A capability that this kernel does not know.
+            Ok(()) | Err(rustix::io::Errno::INVAL) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
+}
+
+fn take_channel() -> io::Result<OwnedFd> {
+    close_from(CHANNEL + 1)?;
+    // SAFETY: fcntl takes numbers only. The descriptor, if it is open, was put there for us by `Processes::start`, and
+    // this function runs once, before anything else in this process owns a descriptor of that number.
+    unsafe {
+        if libc::fcntl(CHANNEL, libc::F_SETFD, libc::FD_CLOEXEC) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(OwnedFd::from_raw_fd(CHANNEL))
+    }
+}
+
+/// The next argument.
+fn number<T: FromStr>(arguments: &mut impl Iterator<Item = OsString>) -> Option<T> {
+    arguments.next()?.to_str()?.parse().ok()
+}
+
+fn by_hand() -> ExitCode {
+    eprintln!("pyxis: this part of pyxis is started by its broker, not by hand");
+    ExitCode::from(2)
+}
+
+fn failed(role: &str, error: &io::Error) -> ExitCode {
+    eprintln!("pyxis: {role}: {}", crate::sys::reason(error));
+    ExitCode::FAILURE
+}

@@ -1,0 +1,236 @@
+//! `pyxis doctor`: what works on this node, one line each, with the remedy for what does not.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::ExitCode;
+
+use serde::Serialize;
+
+use crate::config::Config;
+use crate::image::reference::ImageReference;
+use crate::registry::client::Client;
+use crate::registry::credentials::CredentialSet;
+use crate::request::User;
+use crate::rootfs::probe;
+use crate::store::Store;
+use crate::sys;
+use crate::sys::process::{Forked, become_user, exit_now, fork};
+
+/// Check this node: kernel, store, accounts, registries.
+#[derive(Debug, Clone, clap::Args)]
+pub struct DoctorArgs {
+    /// Report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Serialize)]
+struct Check {
+    name: String,
+    status: Status,
+    detail: String,
+    /// What to do about it; empty if nothing has to be done.
+    remedy: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Status {
+    Ok,
+    /// Something is slower or missing, and containers work.
+    Warning,
+    Failed,
+}
+
+impl Check {
+    fn ok(name: &str, detail: impl Into<String>) -> Self {
+        Self { name: name.into(), status: Status::Ok, detail: detail.into(), remedy: String::new() }
+    }
+
+    fn bad(name: &str, status: Status, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { name: name.into(), status, detail: detail.into(), remedy: remedy.into() }
+    }
+
+    /// One line, whatever the parts contain.
+    fn line(&self) -> String {
+        let status = match self.status {
+            Status::Ok => "ok",
+            Status::Warning => "warning",
+            Status::Failed => "FAILED",
+        };
+        let remedy = if self.remedy.is_empty() { String::new() } else { format!("; {}", self.remedy) };
+        format!("{status:8} {}: {}{remedy}", self.name, self.detail).replace('\n', " ")
+    }
+}
+
+/// Prints the checks; fails if one of them did.
+pub fn run(args: &DoctorArgs, path: &Path) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let mut checks = Vec::new();
+    let config = match Config::load(path) {
+        Ok(config) => {
+            let detail = if path.exists() { "valid" } else { "not there: every setting has its default" };
+            checks.push(Check::ok("configuration", format!("{} is {detail}", path.display())));
+            config
+        }
+        Err(error) => {
+            checks.push(Check::bad("configuration", Status::Failed, error.to_string(), "containers do not start"));
+            Config::default()
+        }
+    };
+    checks.extend([file_system("overlay"), file_system("erofs"), user_namespaces()]);
+    if rustix::process::geteuid().is_root() {
+        checks.push(store(&config));
+        checks.push(root_filesystem(&config));
+    } else {
+        checks.push(Check::bad("store", Status::Warning, "not looked at", "run \"pyxis doctor\" as root"));
+    }
+    let account = importer_account(&config);
+    checks.push(account.1);
+    checks.extend(registries(&config, account.0));
+
+    if args.json {
+        println!("{}", serde_json::to_string(&checks)?);
+    } else {
+        checks.iter().for_each(|check| println!("{}", check.line()));
+    }
+    let failed = checks.iter().any(|check| check.status == Status::Failed);
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn file_system(name: &str) -> Check {
+    let known = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    match known.lines().any(|line| line.split_whitespace().next_back() == Some(name)) {
+        true => Check::ok(name, "the kernel has it"),
+        false => Check::bad(name, Status::Warning, "not loaded", format!("modprobe {name}")),
+    }
+}
+
+fn user_namespaces() -> Check {
+    let name = "user namespaces";
+    match fs::read_to_string("/proc/sys/user/max_user_namespaces").ok().and_then(|text| text.trim().parse::<u64>().ok())
+    {
+        Some(0) => Check::bad(
+            name,
+            Status::Failed,
+            "none are allowed",
+            "set the sysctl user.max_user_namespaces to 10000 or more",
+        ),
+        Some(most) => Check::ok(name, format!("up to {most}")),
+        None => Check::bad(name, Status::Failed, "the kernel has none", "use a kernel with CONFIG_USER_NS"),
+    }
+}
+
+fn store(config: &Config) -> Check {
+    let path = config.store.path.display();
+    let opened = Store::open(&config.store.path).and_then(|store| store.available());
+    match opened {
+        Ok(available) => Check::ok("store", format!("{path}, {} available", crate::store::size(available))),
+        Err(error) => Check::bad("store", Status::Failed, error.to_string(), ""),
+    }
+}
+
+fn root_filesystem(config: &Config) -> Check {
+    let name = "root filesystem";
+    match probe::container_root(&config.store.path, &config.runtime.path) {
+        Ok(()) => Check::ok(name, "an image can be mounted, idmapped and overlaid"),
+        Err(error) => Check::bad(name, Status::Failed, error, "containers do not start"),
+    }
+}
+
+/// The account that imports run under, and what is to be said of it.
+fn importer_account(config: &Config) -> (Option<User>, Check) {
+    let name = "import account";
+    let wanted = &config.import.user;
+    let found = match wanted.parse::<u32>() {
+        Ok(uid) => nix::unistd::User::from_uid(uid.into()),
+        Err(_) => nix::unistd::User::from_name(wanted),
+    };
+    match found {
+        Ok(Some(account)) => {
+            let user = User { uid: account.uid.as_raw(), gid: account.gid.as_raw(), groups: vec![] };
+            (Some(user), Check::ok(name, wanted.as_str()))
+        }
+        _ => {
+            let remedy = format!("imports run as nobody until: useradd --system --shell /usr/sbin/nologin {wanted}");
+            (None, Check::bad(name, Status::Warning, format!("there is no user {wanted}"), remedy))
+        }
+    }
+}
+
+/// Docker Hub, every registry that the configuration names, and their mirrors.
+fn registries(config: &Config, account: Option<User>) -> Vec<Check> {
+    let settings = config.registries();
+    let mut names: Vec<&str> = config.registry.keys().map(String::as_str).collect();
+    if !names.contains(&"docker.io") {
+        names.push("docker.io");
+    }
+    let mut checks = Vec::new();
+    for name in names {
+        let Ok(reference) = ImageReference::parse(&format!("{name}#library/alpine")) else { continue };
+        let mirrors = settings.mirrors(&reference);
+        let has_mirror = !mirrors.is_empty();
+        for endpoint in mirrors.into_iter().chain([settings.upstream(&reference)]) {
+            let title = match endpoint.mirror {
+                true => format!("mirror {} of {name}", endpoint.host),
+                false => format!("registry {name}"),
+            };
+            let client = Client::new(endpoint, settings.network, CredentialSet::default(), None);
+            checks.push(match unprivileged(account.as_ref(), || client.ping().err().map(|error| error.to_string())) {
+                None => Check::ok(&title, "answers"),
+                // Behind a mirror the registry itself need not be reachable, and a site may use others only.
+                Some(error) => {
+                    let status = Status::Warning;
+                    let remedy = if has_mirror { "its images come from where the others answer" } else { "" };
+                    Check::bad(&title, status, error, remedy)
+                }
+            });
+        }
+    }
+    checks
+}
+
+/// What `work` returns, done in a process without root's privileges: it talks to the network.
+fn unprivileged(account: Option<&User>, work: impl FnOnce() -> Option<String>) -> Option<String> {
+    let nobody = User { uid: 65534, gid: 65534, groups: vec![] };
+    let attempt = || -> std::io::Result<Option<String>> {
+        let (mut result, mut report) = std::io::pipe()?;
+        // SAFETY: this program has one thread: what starts some does so in children like this one.
+        match unsafe { fork(0) }? {
+            Forked::Child => {
+                drop(result);
+                let identity = match rustix::process::geteuid().is_root() {
+                    true => become_user(account.unwrap_or(&nobody)),
+                    false => Ok(()),
+                };
+                let text = match identity {
+                    Ok(()) => work(),
+                    Err(error) => Some(sys::reason(error)),
+                };
+                let _ = report.write_all(text.unwrap_or_default().as_bytes());
+                exit_now(0)
+            }
+            Forked::Parent(child) => {
+                drop(report);
+                let mut text = String::new();
+                result.read_to_string(&mut text)?;
+                let _ = rustix::process::waitpid(Some(child), rustix::process::WaitOptions::empty());
+                Ok((!text.is_empty()).then_some(text))
+            }
+        }
+    };
+    attempt().unwrap_or_else(|error| Some(sys::reason(error)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_check_is_one_line() {
+        let check = Check::bad("store", Status::Failed, "two\nlines", "do this");
+        assert_eq!(check.line(), "FAILED   store: two lines; do this");
+        assert_eq!(Check::ok("store", "fine").line(), "ok       store: fine");
+    }
+}

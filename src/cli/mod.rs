@@ -1,0 +1,77 @@
+//! The `pyxis` executable: subcommands that people type, and the internal roles, which are started under names of their
+//! own so that they stay off the path through the command-line parser.
+
+mod doctor;
+pub mod gc;
+mod run;
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::config::{self, Config};
+use crate::rootfs::layers::LayerMounts;
+use crate::store::Store;
+
+/// `argv[0]` of the process that mounts containers; see [`crate::broker`].
+pub const BROKER: &str = "pyxis-broker";
+/// `argv[0]` of the process that talks to registries; see [`crate::importer`].
+pub const IMPORTER: &str = "pyxis-importer";
+/// `argv[0]` of the process that reads the user's credentials; see [`crate::registry::credentials`].
+pub const CREDENTIALS: &str = "pyxis-credentials";
+
+/// Containers in Slurm steps, and on this machine.
+#[derive(Debug, Parser)]
+#[command(name = "pyxis", version, max_term_width = 100)]
+struct Arguments {
+    /// Configuration file
+    #[arg(long, global = true, value_name = "PATH", default_value = config::DEFAULT_PATH)]
+    config: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a command in a container of an image, as a step of Slurm would
+    Run(run::RunArgs),
+    /// Check this node: kernel, store, accounts, registries
+    Doctor(doctor::DoctorArgs),
+    /// Remove layers that no job uses from the store
+    Gc(gc::GcArgs),
+}
+
+/// Entry point of the `pyxis` executable.
+pub fn main() -> ExitCode {
+    let mut arguments = std::env::args_os();
+    let name = arguments.next().unwrap_or_default();
+    match Path::new(&name).file_name().map(OsStrExt::as_bytes) {
+        Some(role) if role == BROKER.as_bytes() => crate::broker::main(arguments.next().map(PathBuf::from)),
+        Some(role) if role == IMPORTER.as_bytes() => crate::broker::import::importer_role(arguments),
+        Some(role) if role == CREDENTIALS.as_bytes() => crate::broker::import::credentials_role(arguments),
+        _ => typed(),
+    }
+}
+
+/// A command that somebody typed.
+fn typed() -> ExitCode {
+    let arguments = Arguments::parse();
+    let result = match &arguments.command {
+        Command::Run(run) => run::run(run, &arguments.config),
+        Command::Doctor(doctor) => doctor::run(doctor, &arguments.config),
+        Command::Gc(gc) => collect(gc, &arguments.config),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("pyxis: {error}");
+        ExitCode::FAILURE
+    })
+}
+
+fn collect(args: &gc::GcArgs, config: &Path) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let config = Config::load(config)?;
+    let store = Store::open(&config.store.path)?;
+    let mounts = LayerMounts::open(&config.runtime.path)?;
+    gc::run(args, &store, config.store.watermarks, &mounts)
+}

@@ -1,0 +1,287 @@
+//! The configuration file, `/etc/pyxis/pyxis.toml`: one commented TOML file, every key of which has a default
+//! (`packaging/pyxis.toml` shows them all).
+
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::broker::import::ImportSettings;
+use crate::importer::protocol::ImportLimits;
+use crate::registry::config::NetworkConfig;
+pub use crate::registry::config::{RegistryConfig, RegistryEntry};
+use crate::store::Watermarks;
+
+/// Where the file is unless the plugin's `config=` says otherwise.
+pub const DEFAULT_PATH: &str = "/etc/pyxis/pyxis.toml";
+
+/// The whole configuration.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The layer store.
+    pub store: StoreSettings,
+    /// What an import may use.
+    pub import: ImportConfig,
+    /// What lives until the next boot.
+    pub runtime: RuntimeSettings,
+    /// Defaults of containers.
+    pub container: ContainerSettings,
+    /// What is logged.
+    pub log: LogSettings,
+    /// Registries by name.
+    pub registry: BTreeMap<String, RegistryEntry>,
+    /// Bounds on waiting for registries.
+    pub network: NetworkConfig,
+}
+
+/// `[store]`.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StoreSettings {
+    /// `path`: the directory, root's, on a file system with O_TMPFILE and, for best results, direct I/O (ext4, xfs).
+    pub path: PathBuf,
+    /// `watermarks`: when `pyxis gc` and imports collect unused layers.
+    pub watermarks: Watermarks,
+    /// `confirmation_seconds`: how long a user may go on using an image before the registry is asked again.
+    pub confirmation_seconds: u32,
+}
+
+impl Default for StoreSettings {
+    fn default() -> Self {
+        Self { path: "/var/lib/pyxis".into(), watermarks: Watermarks::default(), confirmation_seconds: 300 }
+    }
+}
+
+/// `[import]`.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ImportConfig {
+    /// `user`: name or number of the unprivileged account that imports run under.
+    pub user: String,
+    /// `max_connections`: layers downloaded at the same time.
+    pub max_connections: usize,
+    /// `max_layer_bytes`: bound of one uncompressed layer.
+    pub max_layer_bytes: u64,
+    /// `max_layer_entries`: bound of the files, directories and links of one layer.
+    pub max_layer_entries: u64,
+    /// `space_factor`: free space an import needs, as a multiple of the compressed size.
+    pub space_factor: f64,
+    /// `environment`: the importer's variables: `https_proxy`, `no_proxy`, `SSL_CERT_FILE`.
+    pub environment: BTreeMap<String, String>,
+}
+
+impl Default for ImportConfig {
+    fn default() -> Self {
+        let defaults = ImportSettings::default();
+        Self {
+            user: defaults.importer_user,
+            max_connections: defaults.limits.max_connections,
+            max_layer_bytes: defaults.limits.max_layer_bytes,
+            max_layer_entries: defaults.limits.max_layer_entries,
+            space_factor: defaults.space_factor,
+            environment: BTreeMap::new(),
+        }
+    }
+}
+
+/// `[runtime]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RuntimeSettings {
+    /// `path`: a directory of root's on a local file system that is empty after a boot.
+    pub path: PathBuf,
+}
+
+impl Default for RuntimeSettings {
+    fn default() -> Self {
+        Self { path: "/run/pyxis".into() }
+    }
+}
+
+/// `[container]`: what holds where the user's options say nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ContainerSettings {
+    /// `writable`: as `--container-writable`.
+    pub writable: bool,
+    /// `remap_root`: as `--container-remap-root`.
+    pub remap_root: bool,
+    /// `mount_home`: as `--container-mount-home`.
+    pub mount_home: bool,
+    /// `scratch_size`: limit of what a container may write to its root filesystem, as tmpfs takes it (`size=` of
+    /// tmpfs(5): bytes with a suffix, or percent of the memory). Half of the memory if it is missing.
+    pub scratch_size: Option<String>,
+}
+
+/// `[log]`: what a container start says in the node's log (slurmd's; `pyxis run --verbose` prints it).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LogSettings {
+    /// `level`: `error`, `warn`, `info`, or `debug` with the times of a start's steps.
+    pub level: LogLevel,
+}
+
+/// A level of [`LogSettings`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogLevel {
+    /// What failed.
+    Error,
+    /// And what is not as it should be.
+    Warn,
+    /// And what was done.
+    #[default]
+    Info,
+    /// And how long each step took.
+    Debug,
+}
+
+impl From<LogLevel> for tracing::Level {
+    fn from(level: LogLevel) -> Self {
+        match level {
+            LogLevel::Error => Self::ERROR,
+            LogLevel::Warn => Self::WARN,
+            LogLevel::Info => Self::INFO,
+            LogLevel::Debug => Self::DEBUG,
+        }
+    }
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {}: {}", .path.display(), crate::sys::reason(.source))]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The file is not what it should be.
+    #[error("{}:{line}:{column}: {message}", .path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// Line, from 1.
+        line: usize,
+        /// Column, from 1.
+        column: usize,
+        /// What is wrong.
+        message: String,
+    },
+    /// A value that has the right type and no meaning.
+    #[error("{}: {message}", .path.display())]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        message: String,
+    },
+}
+
+impl Config {
+    /// Reads `path`; a file that does not exist leaves every default.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        match std::fs::read_to_string(path) {
+            Ok(text) => Self::parse(&text, path),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(source) => Err(ConfigError::Read { path: path.to_owned(), source }),
+        }
+    }
+
+    /// Parses `text`, the content of `path`.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text).map_err(|error| {
+            let before = &text[..error.span().map_or(0, |span| span.start.min(text.len()))];
+            ConfigError::Invalid {
+                path: path.to_owned(),
+                line: before.matches('\n').count() + 1,
+                column: before.chars().rev().take_while(|&character| character != '\n').count() + 1,
+                message: error.message().replace('\n', " "),
+            }
+        })?;
+        let invalid = |message| ConfigError::Value { path: path.to_owned(), message };
+        config.registries().check().map_err(|error| invalid(error.to_string()))?;
+        for (name, directory) in [("store.path", &config.store.path), ("runtime.path", &config.runtime.path)] {
+            if !directory.is_absolute() {
+                return Err(invalid(format!("{name}: must be an absolute path: {}", directory.display())));
+            }
+        }
+        if config.import.max_connections == 0 {
+            return Err(invalid("import.max_connections: must be at least 1".into()));
+        }
+        if !(config.import.space_factor >= 0.0 && config.import.space_factor.is_finite()) {
+            return Err(invalid("import.space_factor: must be a number from 0".into()));
+        }
+        Ok(config)
+    }
+
+    /// How registries are reached.
+    pub fn registries(&self) -> RegistryConfig {
+        RegistryConfig { registry: self.registry.clone(), network: self.network }
+    }
+
+    /// What an import has to know.
+    pub fn import_settings(&self) -> ImportSettings {
+        let environment = self.import.environment.iter();
+        ImportSettings {
+            registries: self.registries(),
+            limits: ImportLimits {
+                max_layer_bytes: self.import.max_layer_bytes,
+                max_layer_entries: self.import.max_layer_entries,
+                max_connections: self.import.max_connections,
+            },
+            confirmation: Duration::from_secs(self.store.confirmation_seconds.into()),
+            space_factor: self.import.space_factor,
+            watermarks: self.store.watermarks,
+            importer_user: self.import.user.clone(),
+            importer_environment: environment.map(|(name, value)| (name.clone(), value.clone())).collect(),
+            ..ImportSettings::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        Config::parse(text, Path::new("/etc/x.toml")).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn errors_name_the_line() {
+        let error = |text| parse(text).unwrap_err();
+        let unknown = error("[container]\nwriteable = true\n");
+        assert!(unknown.starts_with("/etc/x.toml:2:1: unknown field `writeable`"), "{unknown}");
+        let wrong = error("[container]\nwritable = 1\n");
+        assert!(wrong.starts_with("/etc/x.toml:2:12: invalid type"), "{wrong}");
+        assert!(error("[container\n").starts_with("/etc/x.toml:1:"));
+        assert!(!error("a = '''\nx").contains('\n'));
+        assert_eq!(error("[store]\npath = \"x\"\n"), "/etc/x.toml: store.path: must be an absolute path: x");
+        assert!(error("[import]\nmax_connections = 0\n").contains("max_connections"));
+    }
+
+    #[test]
+    fn the_shipped_file_is_valid_and_states_the_defaults() {
+        let text = include_str!("../packaging/pyxis.toml");
+        assert_eq!(parse(text).unwrap(), Config::default());
+        // Every commented key is one that exists.
+        let enabled: String = text
+            .lines()
+            .map(|line| match line.strip_prefix('#') {
+                Some(key) if key.contains(" = ") && !key.starts_with(' ') || key.starts_with('[') => key,
+                _ => line,
+            })
+            .fold(String::new(), |all, line| all + line + "\n");
+        let enabled = parse(&enabled).unwrap();
+        assert_eq!(enabled.store, StoreSettings::default());
+        assert_eq!(enabled.network, NetworkConfig::default());
+        assert!(enabled.registry.contains_key("docker.io"));
+    }
+}

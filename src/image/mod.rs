@@ -1,0 +1,9 @@
+//! What an image is called and what it consists of: reference, digest, platform, manifest, config.
+//!
+//! Pure parsers, no I/O.
+
+pub mod config;
+pub mod digest;
+pub mod manifest;
+pub mod platform;
+pub mod reference;

@@ -1,0 +1,14 @@
+//! From a layer's tar stream to its EROFS image, for the importer.
+//!
+//! `tar` reads entries, `layer` gives them their meaning in an OCI layer (image-spec, layer.md), and
+//! [`erofs`](crate::erofs) writes the image. Nothing here touches a path of the file system.
+
+#![forbid(unsafe_code)]
+
+mod error;
+mod layer;
+mod path;
+mod tar;
+
+pub use error::LayerError;
+pub use layer::{LayerLimits, LayerSummary, write_layer};

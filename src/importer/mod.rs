@@ -1,0 +1,252 @@
+//! The importer: the unprivileged process that talks to registries and turns blobs into layer images.
+//!
+//! It begins with the service account's identity, no capabilities and one descriptor, the channel to the broker
+//! ([`protocol`]), and confines itself further ([`confine`]) before it reads anything from outside. One thread listens to
+//! the broker, whose going ends everything at once; the others, as many as layers may be under way, take turns with what
+//! it asks for. What happens to a layer is in [`layer`].
+
+#![forbid(unsafe_code)]
+
+mod confine;
+mod failure;
+pub mod inflate;
+pub mod layer;
+pub mod pipe;
+pub mod protocol;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::ExitCode;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use failure::Failure;
+use protocol::{Command, ImportLimits, LayerDescriptor, Report};
+
+use crate::config::RegistryConfig;
+use crate::image::manifest::Descriptor;
+use crate::image::platform::Platform;
+use crate::image::reference::ImageReference;
+use crate::import::LayerLimits;
+use crate::registry::client::Client;
+use crate::registry::credentials::CredentialSet;
+use crate::registry::resolve::resolve;
+use crate::sys::channel::Channel;
+use crate::sys::memfile;
+
+/// Most bytes of the credentials that the reader passes on.
+const MAX_CREDENTIALS: u64 = 16 << 20;
+/// How often progress is reported.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
+
+/// The channel as this end has it.
+pub type BrokerChannel = Channel<Report, Command>;
+
+/// The whole life of an importer process, from its role's identity on: confines the process and serves the broker.
+/// Returns when the broker is gone; the caller then ends the process, and with it what is under way.
+pub fn run(channel: BrokerChannel) -> ExitCode {
+    if let Err(error) = confine::confine() {
+        let reason = crate::sys::reason(error);
+        eprintln!("pyxis: importer: cannot confine itself: {reason}");
+        // The broker sees the end of the channel whether or not this arrives.
+        let _ = channel.send(&Failure::local(format!("the importer cannot confine itself: {reason}")).report(), &[]);
+        return ExitCode::FAILURE;
+    }
+    serve(channel)
+}
+
+/// Serves the broker in this process as it is.
+pub fn serve(channel: BrokerChannel) -> ExitCode {
+    let channel = Arc::new(channel);
+    let mut jobs: Option<Sender<Job>> = None;
+    loop {
+        let (command, descriptors) = match channel.receive() {
+            Ok(Some(message)) => message,
+            Ok(None) => return ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("pyxis: importer: {}", crate::sys::reason(error));
+                return ExitCode::FAILURE;
+            }
+        };
+        let job = match (command, &jobs) {
+            (Command::Resolve { reference, registries, limits }, None) => {
+                let (sender, receiver) = channel_of_jobs();
+                jobs = Some(sender);
+                let start = Start { reference, registries, limits, credentials: descriptors.into_iter().next() };
+                let worker_channel = Arc::clone(&channel);
+                let begun = thread::Builder::new()
+                    .name("resolve".into())
+                    .spawn(move || begin(start, &worker_channel, receiver));
+                if let Err(error) = begun {
+                    fail(&channel, Failure::local(format!("cannot start a thread: {}", crate::sys::reason(error))));
+                }
+                continue;
+            }
+            (Command::Confirm { layer }, Some(_)) => Job::Confirm { layer },
+            (Command::Fetch { layer }, Some(_)) => match descriptors.into_iter().next() {
+                Some(out) => Job::Fetch { layer, out: out.into() },
+                None => {
+                    fail(&channel, Failure::local("the broker sent no file for a layer"));
+                    continue;
+                }
+            },
+            _ => {
+                fail(&channel, Failure::local("the broker sent a command out of turn"));
+                continue;
+            }
+        };
+        if let Some(jobs) = &jobs {
+            // Nobody listens after a failure, which ends the conversation.
+            let _ = jobs.send(job);
+        }
+    }
+}
+
+/// What to find.
+struct Start {
+    reference: ImageReference,
+    registries: RegistryConfig,
+    limits: ImportLimits,
+    credentials: Option<OwnedFd>,
+}
+
+/// What to do for one layer.
+enum Job {
+    Confirm { layer: usize },
+    Fetch { layer: usize, out: File },
+}
+
+/// What the broker asks for, for whichever thread is free.
+type Jobs = Arc<Mutex<Receiver<Job>>>;
+
+fn channel_of_jobs() -> (Sender<Job>, Jobs) {
+    let (sender, receiver) = channel();
+    (sender, Arc::new(Mutex::new(receiver)))
+}
+
+/// An image that was found.
+struct Image {
+    client: Client,
+    layers: Vec<LayerDescriptor>,
+    limits: LayerLimits,
+}
+
+/// Finds the image, then works, with more threads like this one.
+fn begin(start: Start, channel: &Arc<BrokerChannel>, jobs: Jobs) {
+    let threads = worker_count(start.limits.max_connections);
+    let image = match find(start, channel) {
+        Ok(image) => Arc::new(image),
+        Err(failure) => return fail(channel, failure),
+    };
+    for _ in 1..threads {
+        let (image, channel, jobs) = (Arc::clone(&image), Arc::clone(channel), Arc::clone(&jobs));
+        // With fewer threads it takes longer.
+        let _ = thread::Builder::new().name("layer".into()).spawn(move || work(&image, &channel, &jobs));
+    }
+    work(&image, channel, &jobs);
+}
+
+/// Layers at the same time: enough to fill all processors while some wait for the network, and few enough that their
+/// buffers stay small.
+fn worker_count(most: usize) -> usize {
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    processors.clamp(3, 8).min(most).max(1)
+}
+
+fn find(start: Start, channel: &BrokerChannel) -> Result<Image, Failure> {
+    let credentials = match start.credentials {
+        Some(pipe) => read_credentials(pipe)
+            .map_err(|error| Failure::local(format!("cannot read the credentials: {}", crate::sys::reason(error))))?,
+        None => CredentialSet::default(),
+    };
+    let found = resolve(&start.reference, &start.registries, &credentials, &Platform::host())?;
+    let layers: Vec<LayerDescriptor> = std::iter::zip(&found.manifest.layers, &found.config.diff_ids)
+        .map(|(layer, diff_id)| LayerDescriptor { blob: layer.digest, diff_id: *diff_id, size: layer.size })
+        .collect();
+    let config = memfile::sealed("pyxis-image-config", &found.config_bytes)
+        .map_err(|error| Failure::local(format!("cannot pass the image config on: {}", crate::sys::reason(error))))?;
+    let report = Report::Resolved {
+        manifest: found.manifest_digest,
+        origin: found.client.endpoint().origin(),
+        layers: layers.clone(),
+        warnings: found.warnings,
+    };
+    channel
+        .send(&report, &[config.as_fd()])
+        .map_err(|error| Failure::local(format!("cannot tell the broker: {}", crate::sys::reason(error))))?;
+    let limits = LayerLimits { max_bytes: start.limits.max_layer_bytes, max_entries: start.limits.max_layer_entries };
+    Ok(Image { client: found.client, layers, limits })
+}
+
+/// Reads what the credentials reader writes: it may come late, and nothing at all is an empty set.
+fn read_credentials(pipe: OwnedFd) -> io::Result<CredentialSet> {
+    use io::Read;
+    let mut bytes = Vec::new();
+    File::from(pipe).take(MAX_CREDENTIALS + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_CREDENTIALS {
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, "too many"));
+    }
+    if bytes.is_empty() {
+        return Ok(CredentialSet::default());
+    }
+    // Not the reason: it may quote a secret.
+    serde_json::from_slice(&bytes).map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "malformed"))
+}
+
+/// Does what the broker asks for until it asks for nothing more, or something fails.
+fn work(image: &Image, channel: &BrokerChannel, jobs: &Jobs) {
+    loop {
+        let next = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let outcome = match next {
+            Ok(Job::Confirm { layer }) => confirm(image, layer),
+            Ok(Job::Fetch { layer, out }) => fetch(image, layer, &out, channel),
+            Err(_) => return,
+        };
+        match outcome {
+            // A broker that is gone ends the process.
+            Ok(report) => {
+                let _ = channel.send(&report, &[]);
+            }
+            Err(failure) => return fail(channel, failure),
+        }
+    }
+}
+
+fn fail(channel: &BrokerChannel, failure: Failure) {
+    // As above.
+    let _ = channel.send(&failure.report(), &[]);
+}
+
+impl Image {
+    fn layer(&self, index: usize) -> Result<&LayerDescriptor, Failure> {
+        self.layers
+            .get(index)
+            .ok_or_else(|| Failure::local(format!("the broker asks for layer {index}, which is none")))
+    }
+}
+
+fn confirm(image: &Image, layer: usize) -> Result<Report, Failure> {
+    let descriptor = image.layer(layer)?;
+    let allowed = image.client.may_have(&descriptor.blob)?;
+    Ok(Report::Confirmed { layer, allowed })
+}
+
+fn fetch(image: &Image, layer: usize, out: &File, channel: &BrokerChannel) -> Result<Report, Failure> {
+    let descriptor = image.layer(layer)?;
+    let blob = Descriptor { media_type: String::new(), digest: descriptor.blob, size: descriptor.size };
+    let (mut unreported, mut last) = (0, Instant::now());
+    let progress = |bytes: u64| {
+        unreported += bytes;
+        if last.elapsed() >= PROGRESS_INTERVAL {
+            // A broker that is gone ends the process.
+            let _ = channel.send(&Report::Progress { layer, bytes: std::mem::take(&mut unreported) }, &[]);
+            last = Instant::now();
+        }
+    };
+    let summary = layer::import(image.client.blob(&blob), descriptor, out, &image.limits, progress)
+        .map_err(|error| Failure::from(error).about(&format!("layer {}", descriptor.blob)))?;
+    Ok(Report::Fetched { layer, unpacked: summary.unpacked, image: summary.image })
+}

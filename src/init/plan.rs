@@ -1,0 +1,91 @@
+//! What goes into a container, computed from the request, the site's settings and the image: plain data.
+
+use std::path::Path;
+
+use crate::config::ContainerSettings;
+use crate::image::config::ImageConfig;
+use crate::mounts::defaults::default_mounts;
+use crate::mounts::entry::{InvalidEntry, MountEntry};
+use crate::request::{Environment, StepRequest};
+use crate::rootfs::identity::{HostUser, Login};
+
+/// What execvp(3) would search without `PATH`, as container tools have it.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// The mounts of one container and what its environment is made from.
+#[derive(Debug)]
+pub struct Plan {
+    /// In order, before anything of the user's.
+    pub default_mounts: Vec<MountEntry>,
+    /// Home directory, batch script and `--container-mounts`, in order.
+    pub user_mounts: Vec<MountEntry>,
+    volumes: Vec<String>,
+    /// `HOME`, if it is the host's.
+    home: Option<String>,
+    user_name: String,
+}
+
+impl Plan {
+    /// Plans a container.
+    pub fn new(
+        request: &StepRequest,
+        environment: &Environment,
+        settings: &ContainerSettings,
+        image: &ImageConfig,
+        host: &HostUser,
+        remap_root: bool,
+    ) -> Result<Self, InvalidEntry> {
+        let mut user_mounts = Vec::new();
+        let mut home = None;
+        if request.mount_home.unwrap_or(settings.mount_home) {
+            let source = environment.get_str("HOME").unwrap_or(&host.home);
+            let target = if remap_root { "/root" } else { source };
+            let options = ["x-create=dir", "rbind", "rw", "nosuid"];
+            user_mounts.push(MountEntry::new(source, target, options.into_iter())?);
+            home = Some(target.to_owned());
+        }
+        if let Some(script) = &request.batch_script {
+            let script = script.to_string_lossy();
+            let options = ["x-create=file", "bind", "ro", "nosuid", "nodev", "private"];
+            user_mounts.push(MountEntry::new(&script, &script, options.into_iter())?);
+        }
+        for spec in &request.mounts {
+            user_mounts.push(MountEntry::try_from(spec)?);
+        }
+        Ok(Self {
+            default_mounts: default_mounts().collect(),
+            user_mounts,
+            volumes: image.volumes.clone(),
+            home,
+            user_name: host.name.clone(),
+        })
+    }
+
+    /// The image's volumes: they stay writable when the root becomes read-only.
+    pub fn volumes(&self) -> impl Iterator<Item = &Path> {
+        self.volumes.iter().map(Path::new).filter(|volume| *volume != Path::new("/"))
+    }
+
+    /// The container's environment (behaviour reference, sections 7.3 and 16.3): the image's, completed by what a login
+    /// would set.
+    pub fn environment(&self, image: &ImageConfig, login: &Login) -> Environment {
+        let mut environment: Environment = image.env.iter().collect();
+        match &self.home {
+            Some(home) => environment.set("HOME", home.as_str()),
+            None => environment.set_default("HOME", login.home.as_str()),
+        }
+        environment.set_default("USER", login.user.as_str());
+        environment.set_default("LOGNAME", self.user_name.as_str());
+        environment.set_default("SHELL", login.shell.as_str());
+        environment.set_default("PATH", DEFAULT_PATH);
+        environment
+    }
+}
+
+/// The image's working directory, `/` if it names none or a relative one.
+pub fn workdir(image: &ImageConfig) -> String {
+    match image.working_dir.starts_with('/') {
+        true => image.working_dir.clone(),
+        false => "/".to_owned(),
+    }
+}

@@ -1,0 +1,41 @@
+//! What the broker and container init say to each other.
+//!
+//! ```text
+//! init   → Started                              in its user namespace
+//! broker → Root (+ detached overlay mount)      as soon as it exists: before Started
+//! broker → Proceed (as the leader sent it)
+//! init   → Ready (+ environment)                or Failed
+//! ```
+
+use serde::{Deserialize, Serialize};
+
+use crate::task::UserMessage;
+
+/// From the broker to init.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum ToInit {
+    /// One descriptor: the root filesystem, a detached mount.
+    Root,
+    /// The descriptors of [`ToBroker::Proceed`](crate::task::protocol::ToBroker::Proceed).
+    Proceed {
+        /// Whether the second descriptor is there.
+        cgroup_namespace: bool,
+    },
+}
+
+/// From init to the broker.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum FromInit {
+    /// Init is in its user namespace, which others may join now.
+    Started,
+    /// The container can be joined. One descriptor: a memory file with its environment block.
+    Ready {
+        /// The image's working directory.
+        workdir: String,
+    },
+    /// The start failed.
+    Failed {
+        /// For the user.
+        messages: Vec<UserMessage>,
+    },
+}

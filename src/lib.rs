@@ -1,0 +1,29 @@
+//! Containers in Slurm steps.
+//!
+//! Built twice from these sources: as `spank_pyxis.so`, the SPANK plugin (`plugin`), and as the library behind the
+//! `pyxis` executable, which runs everything that does not have to happen inside Slurm's own processes.
+//!
+//! Data goes one way: `options` → `request` → `broker` (→ `importer`) → `init` → `task`.
+//!
+//! * `plugin/` depends only on `options`, `request`, `task`, `image::reference`, `mounts::{spec, entry}` and `sys`: network,
+//!   archive and crypto code is never linked into the plugin.
+//! * `broker`, `importer` and `init` are the three processes of a container start, each with an identity of its own.
+
+pub mod broker;
+pub mod cli;
+pub mod config;
+pub mod erofs;
+pub mod image;
+pub mod import;
+pub mod importer;
+pub mod init;
+pub mod mounts;
+pub mod namespaces;
+pub mod options;
+pub mod plugin;
+pub mod registry;
+pub mod request;
+pub mod rootfs;
+pub mod store;
+pub mod sys;
+pub mod task;

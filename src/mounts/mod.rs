@@ -1,0 +1,7 @@
+//! Mounts of a container: the grammar users and fstab files speak, the plan, and its execution.
+
+pub mod apply;
+pub mod defaults;
+pub mod entry;
+pub mod rootdir;
+pub mod spec;

@@ -1,0 +1,70 @@
+//! The submit side: what `srun`, `sbatch` and their like have in common. Everything that can be judged without the node
+//! is judged here, so that a mistake costs the user milliseconds and one clear line.
+
+use super::state::State;
+use super::{Failed, Spank};
+use crate::options::arguments::Arguments;
+use crate::options::table::TABLE;
+use crate::task::UserMessage;
+
+/// Slurm's containers are OCI bundles that a runtime starts instead of the command: there would be nothing to join.
+pub(super) const TWO_CONTAINERS: &str =
+    "--container-image and Slurm's own --container (SLURM_CONTAINER) exclude each other: give one of them";
+
+/// Tells the batch step that it was asked to run in a container, and in which image: before 23.11 `sbatch --export=NONE`,
+/// or a list of names, keeps from the node what stands for the options. Slurm always exports names that begin like this.
+pub(super) const REQUESTED: &str = "SLURM_PYXIS_CONTAINER_IMAGE";
+
+/// Reads the plugstack arguments.
+pub(super) fn parse_arguments(state: &mut State, spank: &mut dyn Spank, arguments: &[&str]) -> Result<(), Failed> {
+    state.arguments = Arguments::parse(arguments.iter().copied());
+    let Err(error) = &state.arguments else { return Ok(()) };
+    spank.say(UserMessage::error(error));
+    spank.say(UserMessage::error("failed to parse configuration"));
+    Err(Failed)
+}
+
+/// Registers all options.
+pub(super) fn register(spank: &mut dyn Spank) -> Result<(), Failed> {
+    for option in &TABLE {
+        if let Err(error) = spank.register(option) {
+            spank.say(UserMessage::error(format!("couldn't register option {}: {error}", option.name())));
+            spank.say(UserMessage::error("failed to register arguments"));
+            return Err(Failed);
+        }
+    }
+    Ok(())
+}
+
+/// Judges the options together with the environment. `slurm_container` is the variable that stands for Slurm's own
+/// `--container` in this command, if there is one.
+pub(super) fn judge_options(
+    state: &mut State,
+    spank: &mut dyn Spank,
+    slurm_container: Option<&str>,
+) -> Result<(), Failed> {
+    let Some(options) = state.options_to_judge() else { return Ok(()) };
+    let options = options.with_environment(|name| spank.variable(name)).map_err(|error| {
+        spank.say(UserMessage::error(error));
+        Failed
+    })?;
+    for option in options.without_container() {
+        spank.say(UserMessage::error(format!(
+            "ignoring {option} because neither --container-image nor --container-name is set"
+        )));
+    }
+    if !options.enabled() {
+        return Ok(());
+    }
+    for option in options.split_lists() {
+        spank.say(UserMessage::error(format!(
+            "--{0} was given several times, and Slurm passes on only the last one: write --{0}=A,B instead",
+            option.name()
+        )));
+    }
+    if slurm_container.and_then(|name| spank.variable(name)).is_some_and(|value| !value.is_empty()) {
+        spank.say(UserMessage::error(TWO_CONTAINERS));
+        return Err(Failed);
+    }
+    Ok(())
+}

@@ -1,0 +1,24 @@
+//! A client of the OCI distribution protocol (distribution-spec 1.1): references to endpoints, authentication, manifests
+//! and blobs, with retries and resume.
+
+#![forbid(unsafe_code)]
+
+mod auth;
+pub mod blob;
+pub mod challenge;
+pub mod client;
+pub mod config;
+pub mod credentials;
+pub mod error;
+mod http;
+pub mod resolve;
+mod retry;
+
+use sha2::{Digest as _, Sha256};
+
+use crate::image::digest::Digest;
+
+/// The digest of `bytes`.
+pub fn sha256(bytes: &[u8]) -> Digest {
+    Digest::from_bytes(Sha256::digest(bytes).into())
+}

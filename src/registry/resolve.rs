@@ -1,0 +1,116 @@
+//! From an image reference to the manifest, config and layers for this machine.
+
+#![forbid(unsafe_code)]
+
+use super::client::{Client, ManifestBytes};
+use super::config::{Endpoint, NetworkConfig, RegistryConfig};
+use super::credentials::CredentialSet;
+use super::error::RegistryError;
+use crate::image::config::{ImageConfig, MAX_CONFIG_BYTES};
+use crate::image::digest::Digest;
+use crate::image::manifest::{Document, Manifest, ManifestError};
+use crate::image::platform::Platform;
+use crate::image::reference::ImageReference;
+
+/// An index may name an index, which names manifests; more is a joke.
+const MAX_DOCUMENTS: usize = 3;
+/// Tries of a request to an endpoint behind which there is another.
+const MIRROR_ATTEMPTS: u32 = 2;
+
+/// An image that was found.
+#[derive(Debug)]
+pub struct Resolved {
+    /// The endpoint that has it.
+    pub client: Client,
+    /// Digest of the platform's manifest.
+    pub manifest_digest: Digest,
+    /// The manifest, as many layers as the config has diffIDs.
+    pub manifest: Manifest,
+    /// The config as it came.
+    pub config_bytes: Vec<u8>,
+    /// The config.
+    pub config: ImageConfig,
+    /// One line each, for the user.
+    pub warnings: Vec<String>,
+}
+
+/// Finds an image for `platform`: at the first mirror that has it, else at its registry.
+pub fn resolve(
+    reference: &ImageReference,
+    registries: &RegistryConfig,
+    credentials: &CredentialSet,
+    platform: &Platform,
+) -> Result<Resolved, RegistryError> {
+    reference.check()?;
+    let client =
+        |endpoint: Endpoint, network| Client::new(endpoint, network, credentials.clone(), reference.user.clone());
+    let mut failed: Vec<String> = Vec::new();
+    for mirror in registries.mirrors(reference) {
+        let attempts = registries.network.attempts.min(MIRROR_ATTEMPTS);
+        let origin = mirror.origin();
+        match resolve_at(client(mirror, NetworkConfig { attempts, ..registries.network }), reference, platform) {
+            Ok(resolved) => return Ok(resolved),
+            Err(error) => failed.push(format!("mirror {origin}: {error}")),
+        }
+    }
+    match resolve_at(client(registries.upstream(reference), registries.network), reference, platform) {
+        Err(error) if !failed.is_empty() => {
+            Err(RegistryError::Mirrors { source: Box::new(error), mirrors: failed.join("; ") })
+        }
+        outcome => outcome,
+    }
+}
+
+fn resolve_at(client: Client, reference: &ImageReference, platform: &Platform) -> Result<Resolved, RegistryError> {
+    let image = reference.to_string();
+    let first = client.manifest(&reference.tag_or_digest).map_err(|error| match error {
+        error if error.is_not_found() => RegistryError::ImageNotFound {
+            image: image.clone(),
+            host: client.endpoint().host.clone(),
+            hint: reference.not_found_hint().map(|hint| format!("; {hint}")).unwrap_or_default(),
+        },
+        error => error,
+    })?;
+    let (manifest_digest, manifest) = choose(&client, &image, first, platform)?;
+    let config_bytes = client.small_blob(&manifest.config, MAX_CONFIG_BYTES)?;
+    let config =
+        ImageConfig::parse(&config_bytes).map_err(|source| RegistryError::Config { image: image.clone(), source })?;
+    if config.diff_ids.len() != manifest.layers.len() {
+        return Err(RegistryError::LayerCount {
+            image,
+            layers: manifest.layers.len(),
+            diff_ids: config.diff_ids.len(),
+        });
+    }
+    let shown = |text: &str| text.chars().take(32).flat_map(char::escape_debug).collect::<String>();
+    if !config.os.is_empty() && config.os != platform.os {
+        return Err(RegistryError::OperatingSystem { image, os: shown(&config.os), host: platform.clone() });
+    }
+    let mut warnings = Vec::new();
+    if !config.architecture.is_empty() && config.architecture != platform.architecture {
+        let architecture = shown(&config.architecture);
+        warnings.push(format!("image {image} is for {architecture}, and this machine is {}", platform.architecture));
+    }
+    Ok(Resolved { client, manifest_digest, manifest, config_bytes, config, warnings })
+}
+
+/// The manifest for `platform`, behind as many indexes as there may be.
+fn choose(
+    client: &Client,
+    image: &str,
+    first: ManifestBytes,
+    platform: &Platform,
+) -> Result<(Digest, Manifest), RegistryError> {
+    let wrong = |source: ManifestError| RegistryError::Manifest { image: image.to_owned(), source };
+    let mut document = first;
+    for _ in 0..MAX_DOCUMENTS {
+        match Document::parse(&document.bytes, document.content_type.as_deref()).map_err(wrong)? {
+            Document::Manifest(manifest) => return Ok((document.digest, manifest)),
+            Document::Index(index) => {
+                let chosen = index.choose(platform).map_err(wrong)?;
+                document = client.manifest(&chosen.digest.to_string())?;
+            }
+        }
+    }
+    Err(RegistryError::Nesting(image.to_owned()))
+}

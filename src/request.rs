@@ -1,0 +1,199 @@
+//! The request that leaves the plugin: everything a container start needs to know about the step, as plain data.
+//!
+//! Written by slurmstepd (root) and read by the broker. The job's environment travels beside it, as a block of its own
+//! ([`Environment`]): it need not be UTF-8 and may be large.
+
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::image::reference::ImageReference;
+use crate::mounts::spec::MountSpec;
+
+/// Raised when a plugin and an executable of different versions would misunderstand each other (package upgrades happen
+/// under running steps).
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// One container start.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StepRequest {
+    /// [`PROTOCOL_VERSION`] of the sender.
+    pub protocol: u32,
+    /// Whose container it is.
+    pub user: User,
+    /// Facts about the Slurm step; `None` under `pyxis run`.
+    pub step: Option<StepFacts>,
+    /// What to run in.
+    pub image: ImageSource,
+    /// Working directory of the step on the host: what relative paths are relative to.
+    pub cwd: PathBuf,
+    /// `--container-mounts`, in order.
+    pub mounts: Vec<MountSpec>,
+    /// `--container-env`.
+    pub container_env: Vec<ContainerEnv>,
+    /// `--container-workdir`.
+    pub workdir: Option<String>,
+    /// `--[no-]container-mount-home`; `None` leaves it to the configuration.
+    pub mount_home: Option<bool>,
+    /// `--[no-]container-remap-root`; `None` leaves it to the configuration.
+    pub remap_root: Option<bool>,
+    /// `--container-writable` / `--container-readonly`; `None` leaves it to the configuration.
+    pub writable: Option<bool>,
+    /// The batch script in slurmd's spool directory, which has to be visible in the container under the same path.
+    pub batch_script: Option<PathBuf>,
+}
+
+/// The job's user. Groups come from Slurm, not from a look-up on the node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct User {
+    /// User id.
+    pub uid: u32,
+    /// Primary group id.
+    pub gid: u32,
+    /// Supplementary group ids.
+    pub groups: Vec<u32>,
+}
+
+/// What the broker and the importer may need to know about the Slurm step.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StepFacts {
+    /// Job id.
+    pub job_id: u32,
+    /// Step id; values from 0xfffffff0 are special steps (batch, extern, interactive).
+    pub step_id: u32,
+    /// Tasks of the step on this node.
+    pub local_tasks: u32,
+    /// Tasks of the whole step; 0 is what old batch steps report.
+    pub total_tasks: u32,
+}
+
+/// `--container-image`, classified.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ImageSource {
+    /// An image in a registry.
+    Registry {
+        /// As the user typed it, for messages.
+        typed: String,
+        /// Parsed.
+        reference: ImageReference,
+    },
+    /// A path that begins with `.` or `/`: a squashfs file of the user's.
+    File(PathBuf),
+}
+
+/// One item of `--container-env`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ContainerEnv {
+    /// `NAME`: the host's value, if it has one, wins over the image's.
+    FromHost(String),
+    /// `NAME=VALUE`: this value, always.
+    Set(String, String),
+}
+
+/// An environment, in the order of its entries. Names and values are bytes, as execve(2) has them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Environment(Vec<(Vec<u8>, Vec<u8>)>);
+
+impl Environment {
+    /// Reads a block of `NAME=VALUE` strings, each ended by a NUL, as in `/proc/PID/environ`. Strings without `=` are
+    /// dropped; of a name that comes twice the last value counts.
+    pub fn from_block(block: &[u8]) -> Self {
+        block.split(|&byte| byte == 0).collect()
+    }
+
+    /// The block that [`Environment::from_block`] reads.
+    pub fn to_block(&self) -> Vec<u8> {
+        self.0.iter().flat_map(|(name, value)| [name, &b"="[..], value, &b"\0"[..]].concat()).collect()
+    }
+
+    /// The value of `name`.
+    pub fn get(&self, name: &str) -> Option<&[u8]> {
+        self.0.iter().find(|(key, _)| key == name.as_bytes()).map(|(_, value)| value.as_slice())
+    }
+
+    /// The value of `name`, if it is UTF-8 and not empty.
+    pub fn get_str(&self, name: &str) -> Option<&str> {
+        self.get(name).and_then(|value| std::str::from_utf8(value).ok()).filter(|value| !value.is_empty())
+    }
+
+    /// Sets `name`, in place if it exists.
+    pub fn set(&mut self, name: impl Into<Vec<u8>>, value: impl Into<Vec<u8>>) {
+        let (name, value) = (name.into(), value.into());
+        match self.0.iter_mut().find(|(key, _)| *key == name) {
+            Some(entry) => entry.1 = value,
+            None => self.0.push((name, value)),
+        }
+    }
+
+    /// Sets `name` unless it exists.
+    pub fn set_default(&mut self, name: &str, value: impl Into<Vec<u8>>) {
+        if self.get(name).is_none() {
+            self.0.push((name.into(), value.into()));
+        }
+    }
+
+    /// Removes `name`.
+    pub fn remove(&mut self, name: &str) {
+        self.0.retain(|(key, _)| key != name.as_bytes());
+    }
+
+    /// What to do to `self` to make it `target`: a name with its new value, or with `None` to remove it.
+    pub fn changes_to<'a>(&'a self, target: &'a Self) -> impl Iterator<Item = (&'a [u8], Option<&'a [u8]>)> {
+        let before: HashMap<&[u8], &[u8]> = self.iter().collect();
+        let after: HashSet<&[u8]> = target.iter().map(|(name, _)| name).collect();
+        let removed = self.iter().map(|(name, _)| (name, None)).filter(move |(name, _)| !after.contains(name));
+        let set = target.iter().filter(move |(name, value)| before.get(name) != Some(value));
+        removed.chain(set.map(|(name, value)| (name, Some(value))))
+    }
+
+    /// Names and values in order.
+    pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
+        self.0.iter().map(|(name, value)| (name.as_slice(), value.as_slice()))
+    }
+}
+
+/// From `NAME=VALUE` strings.
+impl<S: AsRef<[u8]>> FromIterator<S> for Environment {
+    fn from_iter<I: IntoIterator<Item = S>>(strings: I) -> Self {
+        let mut entries: Vec<(Vec<u8>, Vec<u8>)> = Vec::new();
+        let mut positions = HashMap::new();
+        for string in strings {
+            let string = string.as_ref();
+            let Some(split) = string.iter().position(|&byte| byte == b'=').filter(|&at| at > 0) else { continue };
+            let (name, value) = (string[..split].to_vec(), string[split + 1..].to_vec());
+            match positions.get(&name) {
+                Some(&at) => entries[at] = (name, value),
+                None => {
+                    positions.insert(name.clone(), entries.len());
+                    entries.push((name, value));
+                }
+            }
+        }
+        Self(entries)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_round_trips() {
+        let environment = Environment::from_block(b"A=1\0B=two=2\0NOEQ\0=x\0C=line\nbreak\0A=3\0\xff=\xfe\0");
+        assert_eq!(environment.get("A"), Some(&b"3"[..]));
+        assert_eq!(environment.get("B"), Some(&b"two=2"[..]));
+        assert_eq!(environment.get("C"), Some(&b"line\nbreak"[..]));
+        assert_eq!(environment.to_block(), b"A=3\0B=two=2\0C=line\nbreak\0\xff=\xfe\0");
+        assert_eq!(Environment::from_block(&environment.to_block()), environment);
+    }
+
+    #[test]
+    fn changes_lead_from_one_to_the_other() {
+        let before = Environment::from_block(b"A=1\0B=2\0C=3\0");
+        let after = Environment::from_block(b"C=3\0B=4\0D=\0");
+        let changes: Vec<_> = before.changes_to(&after).collect();
+        assert_eq!(changes, [(&b"A"[..], None), (b"B", Some(&b"4"[..])), (b"D", Some(b""))]);
+        assert_eq!(before.changes_to(&before).count(), 0);
+    }
+}

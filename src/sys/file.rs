@@ -1,0 +1,46 @@
+//! Files: what fcntl(2) knows about them.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// Whether nobody on this machine has the file behind the read-only descriptor `file` open for writing: a read lease
+/// can be had only then (fcntl(2), "Leases"). True where the file system has no leases.
+///
+/// The caller owns the file or has `CAP_LEASE`.
+pub fn has_no_writer(file: BorrowedFd<'_>) -> io::Result<bool> {
+    // SAFETY: F_SETLEASE takes an integer; the descriptor is open for the borrow's lifetime.
+    let lease = |kind: libc::c_int| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind) };
+    if lease(libc::F_RDLCK) == 0 {
+        lease(libc::F_UNLCK);
+        return Ok(true);
+    }
+    match io::Error::last_os_error() {
+        error if error.raw_os_error() == Some(libc::EAGAIN) => Ok(false),
+        error if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => Ok(true),
+        error => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    #[test]
+    fn a_writer_is_noticed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        let writer = File::create(&path).unwrap();
+        let reader = File::open(&path).unwrap();
+        assert!(!has_no_writer(reader.as_fd()).unwrap());
+        let duplicate = writer.try_clone().unwrap();
+        drop(writer);
+        assert!(!has_no_writer(reader.as_fd()).unwrap());
+        drop(duplicate);
+        assert!(has_no_writer(reader.as_fd()).unwrap());
+        // The lease was given back: it would make this open wait.
+        drop(File::options().write(true).open(&path).unwrap());
+    }
+}

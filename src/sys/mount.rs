@@ -1,0 +1,168 @@
+//! The descriptor-based mount API: fsopen(2), fsmount(2), open_tree(2), move_mount(2), mount_setattr(2).
+//!
+//! rustix has all but the last; what is added here keeps the kernel's own explanation with the error.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::CWD;
+use rustix::io::Errno;
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags};
+
+/// A mount call that failed, with what the kernel logged about it.
+#[derive(Debug, thiserror::Error)]
+#[error("{call}: {}{}", super::reason(.source), Hint(.log))]
+pub struct MountError {
+    /// The system call and what it was about.
+    pub call: String,
+    /// The errno.
+    pub source: io::Error,
+    /// Messages of the file-system context, joined.
+    pub log: String,
+}
+
+struct Hint<'a>(&'a String);
+
+impl fmt::Display for Hint<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() { Ok(()) } else { write!(f, " ({})", self.0) }
+    }
+}
+
+impl MountError {
+    /// `call` failed with `errno`.
+    pub fn new(call: impl Into<String>, errno: Errno) -> Self {
+        Self { call: call.into(), source: errno.into(), log: String::new() }
+    }
+
+    /// The errno.
+    pub fn errno(&self) -> Option<Errno> {
+        Errno::from_io_error(&self.source)
+    }
+}
+
+/// A file system being configured (fsopen(2)).
+#[derive(Debug)]
+pub struct FsContext {
+    fd: OwnedFd,
+    name: &'static str,
+}
+
+impl FsContext {
+    /// Begins a new instance of file system `name`.
+    pub fn open(name: &'static str) -> Result<Self, MountError> {
+        let fd = rustix::mount::fsopen(name, FsOpenFlags::FSOPEN_CLOEXEC)
+            .map_err(|errno| MountError::new(format!("fsopen({name})"), errno))?;
+        Ok(Self { fd, name })
+    }
+
+    /// Sets `key=value`.
+    pub fn set(&self, key: &str, value: &str) -> Result<(), MountError> {
+        rustix::mount::fsconfig_set_string(&self.fd, key, value)
+            .map_err(|errno| self.error(&format!("{key}={value}"), errno))
+    }
+
+    /// Sets the option `key`, which has no value.
+    pub fn flag(&self, key: &str) -> Result<(), MountError> {
+        rustix::mount::fsconfig_set_flag(&self.fd, key).map_err(|errno| self.error(key, errno))
+    }
+
+    /// Creates the file system and returns a detached mount of it.
+    pub fn mount(self, attributes: MountAttrFlags) -> Result<OwnedFd, MountError> {
+        rustix::mount::fsconfig_create(&self.fd).map_err(|errno| self.error("create", errno))?;
+        rustix::mount::fsmount(&self.fd, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+            .map_err(|errno| self.error("mount", errno))
+    }
+
+    /// The error of step `step`; reads the context's log, whose end would overwrite errno.
+    fn error(&self, step: &str, errno: Errno) -> MountError {
+        let mut log = Vec::new();
+        let mut buffer = [0; 1024];
+        // ENODATA ends the log; the bound is for a kernel that would never end it.
+        while let Ok(length) = rustix::io::read(&self.fd, &mut buffer) {
+            if length == 0 || log.len() >= 8 {
+                break;
+            }
+            let text = String::from_utf8_lossy(&buffer[..length]);
+            // "e erofs: message": level and subsystem.
+            log.push(text.trim().trim_start_matches(['e', 'w', 'i']).trim().to_owned());
+        }
+        MountError { call: format!("{} {step}", self.name), source: errno.into(), log: log.join("; ") }
+    }
+}
+
+/// What [`set_attributes`] changes.
+#[derive(Debug, Default)]
+pub struct Attributes<'a> {
+    /// `MOUNT_ATTR_*` to set.
+    pub set: u64,
+    /// `MOUNT_ATTR_*` to clear.
+    pub clear: u64,
+    /// `MS_PRIVATE`, `MS_SLAVE`, `MS_SHARED` or `MS_UNBINDABLE`; 0 leaves the propagation.
+    pub propagation: u64,
+    /// Maps owners through this user namespace (`MOUNT_ATTR_IDMAP`); the mount must be detached.
+    pub user_namespace: Option<BorrowedFd<'a>>,
+    /// Also every mount below.
+    pub recursive: bool,
+}
+
+/// mount_setattr(2) on the mount `mount` refers to.
+pub fn set_attributes(mount: BorrowedFd<'_>, attributes: &Attributes<'_>) -> Result<(), Errno> {
+    let argument = libc::mount_attr {
+        attr_set: attributes.set | attributes.user_namespace.map_or(0, |_| libc::MOUNT_ATTR_IDMAP),
+        attr_clr: attributes.clear,
+        propagation: attributes.propagation,
+        userns_fd: attributes.user_namespace.map_or(0, |fd| fd.as_raw_fd().unsigned_abs().into()),
+    };
+    let recursive = if attributes.recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: the path is a NUL-terminated constant and the argument outlives the call; its size is passed with it.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | recursive,
+            &raw const argument,
+            size_of_val(&argument),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(last_errno()) }
+}
+
+fn last_errno() -> Errno {
+    Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)
+}
+
+/// A detached copy of the mount at `path` (relative to `directory`), with everything below it if `recursive`.
+pub fn clone_tree(directory: BorrowedFd<'_>, path: &Path, recursive: bool) -> Result<OwnedFd, Errno> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
+    flags.set(OpenTreeFlags::AT_EMPTY_PATH, path.as_os_str().is_empty());
+    rustix::mount::open_tree(directory, path, flags)
+}
+
+/// Attaches the detached mount `mount` at `path`.
+pub fn attach_at(mount: BorrowedFd<'_>, path: &Path) -> Result<(), Errno> {
+    rustix::mount::move_mount(mount, "", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+}
+
+/// Attaches the detached mount `mount` over what `target` refers to: no path is walked.
+pub fn attach(mount: BorrowedFd<'_>, target: BorrowedFd<'_>) -> Result<(), Errno> {
+    rustix::mount::move_mount(
+        mount,
+        "",
+        target,
+        "",
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH,
+    )
+}
+
+/// Whether a mount is attached at `path` (relative to `directory`).
+pub fn is_mount_root(directory: impl AsFd, path: &Path) -> Result<bool, Errno> {
+    let mut flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW | rustix::fs::AtFlags::NO_AUTOMOUNT;
+    flags.set(rustix::fs::AtFlags::EMPTY_PATH, path.as_os_str().is_empty());
+    let status = rustix::fs::statx(directory, path, flags, rustix::fs::StatxFlags::empty())?;
+    Ok(status.stx_attributes.bits() & libc::STATX_ATTR_MOUNT_ROOT as u64 != 0)
+}

@@ -1,0 +1,147 @@
+//! Processes and their identities: fork(2), becoming a user for good, capabilities.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+
+use rustix::process::{Pid, Signal};
+use rustix::thread::{CapabilitySet, CapabilitySets};
+
+use crate::request::User;
+
+/// Which side of a [`fork`] this is.
+#[derive(Debug)]
+pub enum Forked {
+    /// The new process.
+    Child,
+    /// The caller.
+    Parent(Pid),
+}
+
+/// fork(2), or clone(2) into new namespaces (`CLONE_NEW*`) with the same result.
+///
+/// # Safety
+///
+/// The process must have one thread: locks that another thread holds would stay locked in the child for ever.
+pub unsafe fn fork(namespaces: i32) -> io::Result<Forked> {
+    // SAFETY: without CLONE_VM and with a null stack, clone(2) is fork(2); the caller promises a single thread.
+    let result = unsafe { libc::syscall(libc::SYS_clone, namespaces | libc::SIGCHLD, 0, 0, 0, 0) };
+    match result {
+        ..0 => Err(io::Error::last_os_error()),
+        0 => Ok(Forked::Child),
+        pid => Ok(Forked::Parent(
+            i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or_else(|| io::Error::other("pid out of range"))?,
+        )),
+    }
+}
+
+/// Ends the process without running destructors or exit handlers that belong to the parent.
+pub fn exit_now(status: i32) -> ! {
+    // SAFETY: _exit(2) has no preconditions.
+    unsafe { libc::_exit(status) }
+}
+
+/// Becomes `user` for good: real, effective and saved ids and the group list; capabilities go with uid 0.
+///
+/// Single-threaded callers only: the ids of other threads would stay.
+pub fn become_user(user: &User) -> io::Result<()> {
+    let id = |id| rustix::thread::Gid::from_raw(id);
+    let groups: Vec<_> = user.groups.iter().copied().map(id).collect();
+    rustix::thread::set_thread_groups(&groups)?;
+    rustix::thread::set_thread_res_gid(id(user.gid), id(user.gid), id(user.gid))?;
+    let uid = rustix::thread::Uid::from_raw(user.uid);
+    rustix::thread::set_thread_res_uid(uid, uid, uid)?;
+    Ok(())
+}
+
+/// Like [`become_user`], but keeps `kept` as permitted and effective capabilities until the next execve(2).
+pub fn become_user_keeping(user: &User, kept: CapabilitySet) -> io::Result<()> {
+    rustix::thread::set_keep_capabilities(true)?;
+    become_user(user)?;
+    rustix::thread::set_keep_capabilities(false)?;
+    set_capabilities(kept)
+}
+
+/// Sets permitted and effective capabilities to `kept`, inheritable to none.
+pub fn set_capabilities(kept: CapabilitySet) -> io::Result<()> {
+    let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
+    Ok(rustix::thread::set_capabilities(None, sets)?)
+}
+
+/// Dies by SIGKILL when the process that forked this one ends. Returns an error if it has ended already.
+pub fn die_with_parent(parent: Pid) -> io::Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    if rustix::process::getppid() == Some(parent) {
+        Ok(())
+    } else {
+        Err(io::Error::new(io::ErrorKind::BrokenPipe, "the parent process has ended"))
+    }
+}
+
+/// Closes every descriptor from `first` on.
+pub fn close_from(first: RawFd) -> io::Result<()> {
+    // SAFETY: close_range(2) takes numbers only. Callers own no Rust descriptor in the range (it is called first thing in
+    // a fresh process, or names the descriptors it keeps below `first`).
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Closes every descriptor but `kept`. For a process that shall not have what its parent had.
+pub fn close_all_but(kept: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut kept: Vec<u32> = kept.iter().map(|fd| fd.as_raw_fd().unsigned_abs()).collect();
+    kept.sort_unstable();
+    let mut first = 0;
+    for number in kept.into_iter().chain([u32::MAX]) {
+        if first < number {
+            let last = if number == u32::MAX { number } else { number - 1 };
+            // SAFETY: close_range(2) takes numbers only. The caller's own values of the range are never used again: what
+            // they belong to stays in the parent.
+            if unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        first = number.saturating_add(1);
+    }
+    Ok(())
+}
+
+/// Blocks every signal that can be blocked.
+pub fn block_all_signals() {
+    // SAFETY: the set is initialised by sigfillset before it is used.
+    unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigfillset(&mut set);
+        libc::sigprocmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
+    }
+}
+
+/// The signal mask of a process, as it was.
+#[derive(Debug)]
+pub struct SignalMask(libc::sigset_t);
+
+/// Blocks every signal, for [`wait_for_signal`], and returns the mask that a child restores.
+pub fn block_signals_to_forward() -> SignalMask {
+    // SAFETY: sigprocmask fills in the old mask, and sigfillset the new one, before they are read.
+    unsafe {
+        let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
+        libc::sigfillset(&mut all);
+        libc::sigprocmask(libc::SIG_BLOCK, &all, &mut before);
+        SignalMask(before)
+    }
+}
+
+/// Sets the mask.
+pub fn restore_signals(mask: &SignalMask) {
+    // SAFETY: the mask was filled in by the kernel.
+    unsafe { libc::sigprocmask(libc::SIG_SETMASK, &mask.0, std::ptr::null_mut()) };
+}
+
+/// Waits for one of the blocked signals.
+pub fn wait_for_signal() -> io::Result<Signal> {
+    // SAFETY: the set is initialised by sigfillset before it is used; no pointer is kept.
+    let signal = unsafe {
+        let mut all = std::mem::zeroed();
+        libc::sigfillset(&mut all);
+        libc::sigwaitinfo(&all, std::ptr::null_mut())
+    };
+    Signal::from_named_raw(signal).ok_or_else(io::Error::last_os_error)
+}

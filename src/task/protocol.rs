@@ -1,0 +1,75 @@
+//! What the leading task and the broker say to each other.
+//!
+//! ```text
+//! broker → Say …                                       at any time
+//!          leader → Arrived
+//! broker → Started                                     container init is in its namespaces
+//!          leader → Proceed (+ environment, cgroup namespace)
+//! broker → Ready (+ the container's environment)       or Failed
+//! ```
+//!
+//! The broker is the only holder of the leader's socket: if it dies, the leader sees end of file.
+
+use serde::{Deserialize, Serialize};
+
+/// Descriptors a broker finds open when it starts.
+pub mod descriptors {
+    /// The channel to the leading task.
+    pub const CHANNEL: i32 = 3;
+    /// The read end of the life pipe.
+    pub const LIFE: i32 = 4;
+    /// Memory file with the request as JSON.
+    pub const REQUEST: i32 = 5;
+    /// Memory file with the job's environment block.
+    pub const ENVIRONMENT: i32 = 6;
+    /// The first one that is none of these.
+    pub const END: i32 = 7;
+}
+
+/// Most bytes of an environment or a request: far above `ARG_MAX` of execve(2), far below a machine's memory.
+pub const MAX_MEMORY_FILE: u64 = 64 << 20;
+
+/// What a container start may say to the user while it runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum UserMessage {
+    /// A line the user sees as it is (`slurm_spank_log`).
+    Notice(String),
+    /// A line of an error (`slurm_error`).
+    Error(String),
+    /// For the log of the node only (`slurm_info`).
+    Log(String),
+}
+
+/// From the broker to the leading task.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum ToLeader {
+    /// Pass this on.
+    Say(UserMessage),
+    /// Container init runs in its user namespace.
+    Started {
+        /// Its process id.
+        init: i32,
+    },
+    /// The container can be joined. One descriptor: a memory file with the container's environment block.
+    Ready {
+        /// Process id of container init.
+        init: i32,
+        /// Working directory of the image, inside the container.
+        workdir: String,
+    },
+    /// The start failed; why has been said.
+    Failed,
+}
+
+/// From the leading task to the broker.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum ToBroker {
+    /// The task waits in `task_init`: it is in its cgroups.
+    Arrived,
+    /// The task is in its cgroups and has its environment. Descriptors: a memory file with that environment and, if
+    /// `cgroup_namespace`, a cgroup namespace rooted at the task's cgroup, owned by the container's user namespace.
+    Proceed {
+        /// Whether the second descriptor is there.
+        cgroup_namespace: bool,
+    },
+}

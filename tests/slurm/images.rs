@@ -1,0 +1,249 @@
+//! Images: how they are named, and what becomes of everything a layer can hold.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+use testbed::image::{self, Compression, ImageBuilder};
+use testbed::{images, process, wait};
+
+use crate::Case;
+use crate::world::World;
+
+pub const CASES: &[Case] = &[
+    ("names_of_docker_hub", names),
+    ("names_of_a_registry", registry_names),
+    ("digests", digests),
+    ("index_with_platforms", index),
+    ("everything_in_a_layer", everything_in_a_layer),
+    ("distroless", distroless),
+    ("image_without_layers_of_its_own", many_layers),
+    ("debian_installs_a_package", debian),
+];
+
+fn distribution(world: &World, image: &str) -> Result<String> {
+    world.sh(&[&format!("--container-image={image}")], ". /etc/os-release && echo $ID")
+}
+
+fn names(world: &mut World) -> Result<()> {
+    for name in [
+        "alpine",
+        "alpine:latest",
+        "docker.io/alpine",
+        "docker.io#alpine",
+        "docker.io/library/alpine",
+        "library/alpine",
+    ] {
+        assert_eq!(distribution(world, name)?, "busybox", "{name}");
+    }
+    let output = world.srun(&["--container-image=docker://alpine:latest", "true"])?.success()?;
+    ensure!(output.stderr.contains("pyxis: importing docker image: docker://alpine:latest\n"), "{output}");
+    Ok(())
+}
+
+fn registry_names(world: &mut World) -> Result<()> {
+    let host = world.bed.hub.host();
+    for separator in ["/", "#"] {
+        assert_eq!(distribution(world, &format!("{host}{separator}library/alpine:latest"))?, "busybox");
+    }
+    Ok(())
+}
+
+fn digests(world: &mut World) -> Result<()> {
+    let digest = world.bed.hub.digest("library/alpine")?;
+    assert_eq!(distribution(world, &format!("alpine@{digest}"))?, "busybox");
+    // The digest counts, not the tag.
+    assert_eq!(distribution(world, &format!("alpine:no-such-tag@{digest}"))?, "busybox");
+    Ok(())
+}
+
+/// An index with this platform among others: the right one is chosen, also when it is not the first.
+fn index(world: &mut World) -> Result<()> {
+    world.have("index", |layout| {
+        let tree = layout.join("tree");
+        images::busybox_tree(&tree)?;
+        fs::write(tree.join("platform"), "this one\n")?;
+        let mine = ImageBuilder::new(&layout)?
+            .config("Env", json!([images::IMAGE_PATH]))
+            .layer_from_tree(&tree, Compression::Gzip)?
+            .finish("latest")?;
+        fs::write(tree.join("platform"), "another\n")?;
+        let other_layout = layout.join("other");
+        ImageBuilder::new(&other_layout)?.layer_from_tree(&tree, Compression::Gzip)?.finish("latest")?;
+        let manifest = |layout: &Path| -> Result<serde_json::Value> {
+            let index: serde_json::Value = serde_json::from_slice(&fs::read(layout.join("index.json"))?)?;
+            Ok(index["manifests"][0].clone())
+        };
+        let (mut other, mut own) = (manifest(&other_layout)?, manifest(&layout)?);
+        for blob in fs::read_dir(other_layout.join("blobs/sha256"))? {
+            let blob = blob?;
+            fs::rename(blob.path(), layout.join("blobs/sha256").join(blob.file_name()))?;
+        }
+        for (descriptor, architecture) in [(&mut other, "s390x"), (&mut own, image::architecture())] {
+            descriptor["platform"] = json!({ "os": "linux", "architecture": architecture });
+            descriptor["annotations"] = json!({});
+        }
+        let media_type = "application/vnd.oci.image.index.v1+json";
+        let index = json!({ "schemaVersion": 2, "mediaType": media_type, "manifests": [other, own] });
+        let index = serde_json::to_vec(&index)?;
+        let digest = image::digest(&index);
+        fs::write(layout.join("blobs/sha256").join(digest.trim_start_matches("sha256:")), &index)?;
+        let top = json!({ "schemaVersion": 2, "manifests": [{
+            "mediaType": media_type, "digest": digest, "size": index.len(),
+            "annotations": { "org.opencontainers.image.ref.name": "latest" },
+        }]});
+        fs::write(layout.join("index.json"), serde_json::to_vec(&top)?)?;
+        Ok(mine)
+    })?;
+    assert_eq!(world.sh(&["--container-image=index"], "cat /platform")?, "this one");
+    Ok(())
+}
+
+/// Entries of the largest directory.
+const ENTRIES: usize = 5_000;
+
+/// An image with everything a layer can hold.
+pub fn have_features(world: &mut World) -> Result<()> {
+    let compressions = [Compression::Gzip, Compression::Zstd, Compression::None];
+    world.have("features", |directory| {
+        let trees = images::feature_trees(&directory.join("trees"), ENTRIES)?;
+        // For umoci, who knows no zstd.
+        images::features(&directory.join("judged"), &trees, [Compression::Gzip; 3])?;
+        images::features(&directory.join("layout"), &trees, compressions)
+    })
+}
+
+/// The container's files against umoci's idea of the same image, compared by GNU tar.
+fn everything_in_a_layer(world: &mut World) -> Result<()> {
+    have_features(world)?;
+    let directory = world.directory("features")?;
+    let bundle = directory.join("bundle");
+    let mut unpack = Command::new("umoci");
+    unpack.args(["unpack", "--image", &format!("{}:latest", directory.join("judged").display())]).arg(&bundle);
+    process::output_of(&mut unpack)?;
+    let rootfs = bundle.join("rootfs");
+
+    // What the container itself mounts or writes is left out.
+    let own = ["dev", "etc", "proc", "sys", "tmp", "var", "root", "home", "run", "mnt"];
+    let mut parts: Vec<String> = fs::read_dir(&rootfs)?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| !own.contains(&name.as_str()))
+        .collect();
+    parts.sort();
+    let work = world.make_directory(0, "work/features")?;
+    // Nothing more and nothing less at the top, and everything below it in an archive.
+    let script = format!(
+        "cd / && ls -1A | grep -vE '^({})$' | wc -l && tar -cf /out/archive {}",
+        own.join("|"),
+        parts.iter().map(|name| format!("'./{name}'")).collect::<Vec<_>>().join(" ")
+    );
+    let mount = format!("--container-mounts={}:/out", work.display());
+    let options = ["--container-image=features", "--container-remap-root", "--container-writable", &mount];
+    // `/out` is one more.
+    assert_eq!(world.sh(&options, &script)?, (parts.len() + 1).to_string());
+
+    let archive = work.join("archive");
+    let listing = process::output_of(Command::new("tar").arg("-tf").arg(&archive))?;
+    let mut find = Command::new("find");
+    let expected = process::output_of(find.args(&parts).args(["-printf", "./%p%y\\n"]).current_dir(&rootfs))?;
+    // Directories end in a slash; line breaks in names are shown as tar shows them.
+    let expected: BTreeSet<_> = expected
+        .replace(",\tand\nmore", ",\\tand\\nmore")
+        .lines()
+        .map(|line| line.strip_suffix('d').map_or_else(|| line[..line.len() - 1].into(), |name| format!("{name}/")))
+        .collect();
+    let listed: BTreeSet<String> = listing.lines().map(str::to_owned).collect();
+    // The host's time zone is the container's, too.
+    let zone = |name: &&String| name.starts_with("./usr/share/");
+    let differing: Vec<_> = listed.symmetric_difference(&expected).filter(|name| !zone(name)).collect();
+    ensure!(differing.is_empty(), "in one of the two only: {differing:?}");
+    let mut compare = Command::new("tar");
+    compare.args(["--compare", "--numeric-owner", "--exclude=./usr/share", "-f"]).arg(&archive).current_dir(&rootfs);
+    let output = process::run(&mut compare, wait::DEADLINE)?;
+    // Files belong to the user, who can read all of them.
+    let intended =
+        ["./owned: Uid differs", "./owned: Gid differs", "./no-mode: Mode differs", "./write-only: Mode differs"];
+    let differences: Vec<_> = output.stdout.lines().filter(|line| !intended.contains(line)).collect();
+    ensure!(differences.is_empty(), "{}\n{}", differences.join("\n"), output.stderr);
+    fs::remove_file(archive)?;
+    assert_eq!(
+        world.sh(&["--container-image=features"], "stat -c %a /no-mode /write-only /setuid; cat /no-mode")?,
+        "400\n600\n4755\nmode"
+    );
+    Ok(())
+}
+
+/// One static binary: no shell, no `/etc`, no `/proc` to mount on.
+fn distroless(world: &mut World) -> Result<()> {
+    world.have("distroless", |layout| images::distroless(&layout))?;
+    let image = "--container-image=distroless";
+    let output = world.srun(&[image, "/busybox", "id", "-u"])?.success()?;
+    assert_eq!(output.stdout.trim(), world.user(0).uid.to_string());
+    let output = world.srun(&[image, "--container-remap-root", "-n2", "-N1", "/busybox", "id", "-un"])?.success()?;
+    assert_eq!(output.stdout, "root\nroot\n");
+    let output = world.srun(&[image, "/busybox", "ls", "/"])?.success()?;
+    ensure!(!output.stdout.contains("bin"), "{output}");
+    let output = world.srun(&[image, "sh", "-c", "true"])?;
+    ensure!(!output.status.success() && output.stderr.contains("No such file or directory"), "{output}");
+    Ok(())
+}
+
+/// More layers than there are workers, each with a file of its own and a change to a common one.
+fn many_layers(world: &mut World) -> Result<()> {
+    const LAYERS: usize = 40;
+    world.have("layers", |layout| {
+        let tree = layout.join("tree");
+        images::busybox_tree(&tree)?;
+        let mut image = ImageBuilder::new(&layout)?.layer_from_tree(&tree, Compression::Zstd)?;
+        for number in 0..LAYERS {
+            let tree = layout.join(format!("tree{number}"));
+            fs::create_dir_all(tree.join("layers"))?;
+            fs::write(tree.join(format!("layers/{number}")), "")?;
+            fs::write(tree.join("layers/last"), format!("{number}\n"))?;
+            let how = [Compression::None, Compression::Gzip, Compression::Zstd][number % 3];
+            image = image.layer_from_tree(&tree, how)?;
+        }
+        image.finish("latest")
+    })?;
+    let seen = world.sh(&["--container-image=layers"], "cat /layers/last; ls /layers | wc -l")?;
+    assert_eq!(seen, format!("{}\n{}", LAYERS - 1, LAYERS + 1));
+    Ok(())
+}
+
+/// `apt-get install` as remapped root, of a package whose installation changes owners.
+fn debian(world: &mut World) -> Result<()> {
+    world.have("debian", |_| images::debian())?;
+    let work = world.make_directory(0, "work/repository")?;
+    let package = world.bed.site.path("state/package");
+    fs::create_dir_all(package.join("DEBIAN"))?;
+    fs::create_dir_all(package.join("usr/bin"))?;
+    fs::write(
+        package.join("DEBIAN/control"),
+        "Package: testbed-hello\nVersion: 1\nArchitecture: all\nMaintainer: Testbed <testbed@localhost>\nDescription: says hello\n",
+    )?;
+    let script = "#!/bin/sh\nset -e\ngroupadd --system greeters\nchgrp greeters /usr/bin/hello\nchmod 2755 /usr/bin/hello\nchown games:mail /usr/bin/hello\n";
+    for (file, text) in [("DEBIAN/postinst", script), ("usr/bin/hello", "#!/bin/sh\necho hello from a package\n")] {
+        fs::write(package.join(file), text)?;
+        fs::set_permissions(package.join(file), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    }
+    process::output_of(
+        Command::new("dpkg-deb")
+            .args(["--root-owner-group", "--build"])
+            .arg(&package)
+            .arg(work.join("hello_1_all.deb")),
+    )?;
+    let index =
+        process::output_of(Command::new("dpkg-scanpackages").arg(".").current_dir(&work)).context("dpkg-dev")?;
+    fs::write(work.join("Packages"), index)?;
+    let mount = format!("--container-mounts={}:/repository", work.display());
+    let script =
+        "set -e; rm -rf /etc/apt/sources.list.d; echo 'deb [trusted=yes] file:/repository ./' >/etc/apt/sources.list
+        apt-get -qq update && apt-get -qq install -y testbed-hello >/tmp/log 2>&1 || { cat /tmp/log >&2; exit 1; }
+        hello; stat -c %a /usr/bin/hello; dpkg-query -W -f '${db:Status-Status}' testbed-hello";
+    let options = ["--container-image=debian", "--container-remap-root", "--container-writable", &mount];
+    assert_eq!(world.sh(&options, script)?, "hello from a package\n2755\ninstalled");
+    Ok(())
+}

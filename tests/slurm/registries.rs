@@ -1,0 +1,165 @@
+//! Registries: credentials, trouble on the way, trouble at the other end.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+use testbed::proxy::Behaviour;
+use testbed::registry::Account;
+use testbed::{process, wait};
+
+use crate::Case;
+use crate::world::{IMAGE, World};
+
+pub const CASES: &[Case] = &[
+    ("private_image_wants_credentials", private_image),
+    ("credentials_are_each_users_own", users_differ),
+    ("wrong_password", wrong_password),
+    ("bearer_tokens", bearer_tokens),
+    ("interrupted_downloads_resume", interrupted),
+    ("mirror_down_is_one_line", mirror_down),
+    ("missing_images_fail_once", missing),
+    ("certificate_nobody_knows", certificate),
+];
+
+/// One of the names of the private image. What a user was given he may use for some minutes without being asked again,
+/// so tests that are about being asked take names of their own.
+fn private(world: &World, tag: &str) -> String {
+    format!("--container-image={}/team/private:{tag}", world.private.host())
+}
+
+/// Puts a file of credentials where user `index` keeps them, readable by him alone.
+fn credentials(world: &World, index: usize, file: &str, text: &str) -> Result<()> {
+    let directory = Path::new(file).parent().and_then(Path::to_str).unwrap_or_default();
+    world.make_directory(index, directory)?;
+    let path = world.user(index).home.join(file);
+    fs::write(&path, text)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+    world.user(index).own(&path)
+}
+
+fn netrc(world: &World, index: usize, password: &str) -> Result<()> {
+    let account = &world.private.accounts()[0];
+    let line = format!("machine {} login {} password {password}\n", world.private.host(), account.user);
+    credentials(world, index, ".config/enroot/.credentials", &line)
+}
+
+fn no_credentials(world: &World) {
+    for index in 0..2 {
+        for directory in [".config/enroot", ".docker"] {
+            // Often there is none.
+            let _ = fs::remove_dir_all(world.user(index).home.join(directory));
+        }
+    }
+}
+
+fn private_image(world: &mut World) -> Result<()> {
+    no_credentials(world);
+    let image = private(world, "netrc");
+    let error = world.refused(&[&image], "pyxis: failed to import docker image: ")?;
+    ensure!(error.contains("team/private"), "{error}");
+    let password = world.private.accounts()[0].password.clone();
+    netrc(world, 0, &password)?;
+    assert_eq!(world.sh(&[&image], "id -un")?, "pyxis-test-1");
+    no_credentials(world);
+    let account = &world.private.accounts()[0];
+    let basic = process::output_of(
+        std::process::Command::new("sh")
+            .args(["-c", "printf %s \"$0\" | base64 -w0"])
+            .arg(format!("{}:{}", account.user, account.password)),
+    )?;
+    let config = format!("{{\"auths\":{{\"{}\":{{\"auth\":\"{basic}\"}}}}}}", world.private.host());
+    credentials(world, 0, ".docker/config.json", &config)?;
+    let image = private(world, "docker");
+    assert_eq!(world.sh(&[&image], "id -un")?, "pyxis-test-1");
+    no_credentials(world);
+    Ok(())
+}
+
+/// That one user's import put the layers into the store lets nobody else have them.
+fn users_differ(world: &mut World) -> Result<()> {
+    no_credentials(world);
+    let image = private(world, "users");
+    let password = world.private.accounts()[0].password.clone();
+    netrc(world, 0, &password)?;
+    assert_eq!(world.sh_as(0, &["-N2", &image], "id -un")?, "pyxis-test-1\npyxis-test-1");
+    let mut other = world.bed.cluster.command(1, "srun", ["-N2", &image, "echo", "got in"]);
+    let output = process::run(&mut other, wait::DEADLINE)?;
+    ensure!(!output.status.success() && !output.stdout.contains("got in"), "{output}");
+    netrc(world, 1, &password)?;
+    assert_eq!(world.sh_as(1, &[&image], "id -un")?, "pyxis-test-2");
+    no_credentials(world);
+    Ok(())
+}
+
+fn wrong_password(world: &mut World) -> Result<()> {
+    no_credentials(world);
+    netrc(world, 0, "wrong-secret")?;
+    let error = world.refused(&[&private(world, "wrong")], "pyxis: failed to import docker image: ")?;
+    ensure!(!error.contains("wrong-secret"), "the secret is in the message: {error}");
+    ensure!(error.contains(".credentials"), "does not name the file that was tried: {error}");
+    no_credentials(world);
+    Ok(())
+}
+
+/// Tokens for nobody in particular, and for somebody with a password.
+fn bearer_tokens(world: &mut World) -> Result<()> {
+    no_credentials(world);
+    let image = |repository: &str| format!("--container-image={}/{repository}", world.tokens.host());
+    assert_eq!(world.sh(&[&image("public/image")], "id -un")?, "pyxis-test-1");
+    world.refused(&[&image("team/private")], "pyxis: failed to import docker image: ")?;
+    let Account { user, password } = &world.private.accounts()[0];
+    let line = format!("machine {} login {user} password {password}\n", world.tokens.host());
+    credentials(world, 0, ".config/enroot/.credentials", &line)?;
+    assert_eq!(world.sh(&[&image("team/private")], "id -un")?, "pyxis-test-1");
+    no_credentials(world);
+    Ok(())
+}
+
+fn interrupted(world: &mut World) -> Result<()> {
+    let name = world.new_image(3 << 20)?;
+    let image = format!("--container-image={}/library/{name}", world.proxy.host());
+    let before = world.proxy.connections();
+    world.proxy.set(Behaviour::HangUpAfter(1 << 20));
+    let result = world.sh(&[&image], "wc -c </payload");
+    world.proxy.set(Behaviour::Pass);
+    assert_eq!(result?, (3 << 20).to_string());
+    ensure!(world.proxy.connections() > before + 3, "{} connections", world.proxy.connections() - before);
+    Ok(())
+}
+
+fn mirror_down(world: &mut World) -> Result<()> {
+    let port = testbed::cluster::free_ports(1)?[0];
+    let nobody = format!("--container-image=localhost:{port}/library/alpine");
+    let error = world.refused(&[&nobody], "pyxis: failed to import docker image: ")?;
+    ensure!(error.contains(&format!("localhost:{port}")), "{error}");
+    Ok(())
+}
+
+fn missing(world: &mut World) -> Result<()> {
+    for image in ["no-such-image", "alpine:no-such-tag"] {
+        let error = world.refused(&["-N1", "-n2", &format!("--container-image={image}")], "")?;
+        let line = format!("pyxis: failed to import docker image: {image}");
+        assert_eq!(error.matches(&line).count(), 1, "{error}");
+        ensure!(error.contains("pyxis: container was not started successfully by another task"), "{error}");
+    }
+    let absent = format!("alpine@sha256:{}", "0".repeat(64));
+    world.refused(
+        &[&format!("--container-image={absent}")],
+        &format!("pyxis: failed to import docker image: {absent}"),
+    )?;
+    // The next step is none the worse for it.
+    world.srun(&[IMAGE, "true"])?.success()?;
+    Ok(())
+}
+
+fn certificate(world: &mut World) -> Result<()> {
+    use testbed::registry::{Registry, RegistryOptions};
+    let options = RegistryOptions { tls: true, ..RegistryOptions::default() };
+    let registry = Registry::start(&world.bed.site, "tls", options)?;
+    let image = format!("--container-image={}/library/alpine", registry.host());
+    let error = world.refused(&[&image], "pyxis: failed to import docker image: ")?;
+    ensure!(error.to_lowercase().contains("certificate"), "{error}");
+    Ok(())
+}
