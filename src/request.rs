@@ -24,8 +24,22 @@ pub struct StepRequest {
     pub user: User,
     /// Facts about the Slurm step; `None` under `pyxis run`.
     pub step: Option<StepFacts>,
-    /// What to run in.
-    pub image: ImageSource,
+    /// What to run in. `None` only with a name: that container has to exist.
+    pub image: Option<ImageSource>,
+    /// `--container-name`.
+    pub name: Option<ContainerName>,
+    /// Whether named containers end with the job (`container_scope=job` in plugstack.conf).
+    pub job_scope: bool,
+    /// `--container-save`: absolute, or relative to the job's `PWD`.
+    pub save: Option<String>,
+    /// Whether the image's entrypoint is run: `--[no-]container-entrypoint`, else what plugstack.conf says.
+    pub entrypoint: bool,
+    /// `--container-entrypoint-log`: show what the entrypoint prints.
+    pub entrypoint_log: bool,
+    /// `--container-unshare`.
+    pub unshare: Unshare,
+    /// `importer=` in plugstack.conf: the site's program that turns references into squashfs files.
+    pub importer: Option<PathBuf>,
     /// Working directory of the step on the host: what relative paths are relative to.
     pub cwd: PathBuf,
     /// `--container-mounts`, in order.
@@ -80,6 +94,47 @@ pub enum ImageSource {
     },
     /// A path that begins with `.` or `/`: a squashfs file of the user's.
     File(PathBuf),
+}
+
+/// `--container-name`: `NAME[:FLAG]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerName {
+    /// As typed; not empty.
+    pub name: String,
+    /// What to do if such a container exists, or does not.
+    pub mode: NameMode,
+}
+
+/// What `--container-name` asks for (behaviour reference, section 3.6).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NameMode {
+    /// Join it if it runs, use it again if it exists, else create it.
+    #[default]
+    Auto,
+    /// It must not exist.
+    Create,
+    /// It must be running.
+    Exec,
+    /// As `Auto`, but always in namespaces of its own.
+    NoExec,
+}
+
+/// `--container-unshare`: the namespaces that are the container's own beyond user, mount and cgroup.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unshare {
+    /// Network: loopback only.
+    pub net: bool,
+    /// System V IPC and POSIX message queues.
+    pub ipc: bool,
+    /// Host name.
+    pub uts: bool,
+}
+
+impl Unshare {
+    /// Whether any namespace is asked for.
+    pub fn any(self) -> bool {
+        self.net || self.ipc || self.uts
+    }
 }
 
 /// One item of `--container-env`.

@@ -262,8 +262,8 @@ fn acquire(
     environment: &Environment,
     mounts: &LayerMounts,
 ) -> Result<AcquiredImage, BrokerError> {
-    let ImageSource::Registry { typed, reference } = &request.image else {
-        return Err(BrokerError::Start("squashfs files as images are not available yet".into()));
+    let Some(ImageSource::Registry { typed, reference }) = &request.image else {
+        return Err(BrokerError::Start("not available yet".into()));
     };
     // Scripts count these lines: one pair a step and node, and the first only where a single task will show it.
     let single_task = request.step.as_ref().is_some_and(|step| step.total_tasks <= 1);

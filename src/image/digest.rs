@@ -53,7 +53,7 @@ impl FromStr for Digest {
     type Err = InvalidDigest;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let invalid = || InvalidDigest(text.chars().take(200).collect());
+        let invalid = || InvalidDigest(text.chars().take(200).flat_map(char::escape_debug).collect());
         let hex = text.strip_prefix("sha256:").ok_or_else(invalid)?.as_bytes();
         if hex.len() != 64 {
             return Err(invalid());
@@ -113,5 +113,6 @@ mod tests {
         ] {
             assert!(text.parse::<Digest>().is_err(), "{text}");
         }
+        assert!(!"sha256:\n\u{1b}[2J".parse::<Digest>().unwrap_err().to_string().contains(char::is_control));
     }
 }

@@ -16,7 +16,14 @@ pub struct Arguments {
     pub executable: PathBuf,
     /// `config=`: its configuration file.
     pub config: PathBuf,
-    /// Arguments of pyxis's that are set to something else than their default and change nothing in this version.
+    /// `execute_entrypoint=`: whether images' entrypoints run where the user says nothing.
+    pub execute_entrypoint: bool,
+    /// `container_scope=job`: named containers end with their job.
+    pub job_scope: bool,
+    /// `importer=`: the site's program that turns references into squashfs files.
+    pub importer: Option<PathBuf>,
+    /// Arguments of pyxis's that are set to something else than their default and change nothing here: images are
+    /// mounted, never unpacked, and the configuration file says where things are and how squashfs files run.
     pub without_effect: Vec<&'static str>,
 }
 
@@ -43,6 +50,9 @@ impl Default for Arguments {
             sbatch_support: true,
             executable: PathBuf::from("/usr/bin/pyxis"),
             config: PathBuf::from("/etc/pyxis/pyxis.toml"),
+            execute_entrypoint: false,
+            job_scope: false,
+            importer: None,
             without_effect: Vec::new(),
         }
     }
@@ -60,13 +70,10 @@ impl Arguments {
                     let path = path("runtime_path", value)?;
                     parsed.note("runtime_path", path != Path::new("/run/pyxis"));
                 }
-                "execute_entrypoint" => {
-                    let chosen = boolean("execute_entrypoint", value)?;
-                    parsed.note("execute_entrypoint", chosen);
-                }
+                "execute_entrypoint" => parsed.execute_entrypoint = boolean("execute_entrypoint", value)?,
                 "container_scope" => match value {
-                    "global" => parsed.note("container_scope", false),
-                    "job" => parsed.note("container_scope", true),
+                    "global" => parsed.job_scope = false,
+                    "job" => parsed.job_scope = true,
                     _ => return Err(ArgumentError::Value("container_scope", value.to_owned())),
                 },
                 "sbatch_support" => parsed.sbatch_support = boolean("sbatch_support", value)?,
@@ -76,7 +83,7 @@ impl Arguments {
                 }
                 "importer" => {
                     let path = path("importer", value)?;
-                    parsed.note("importer", !path.as_os_str().is_empty());
+                    parsed.importer = Some(path).filter(|path| !path.as_os_str().is_empty());
                 }
                 "use_squashfuse" => {
                     let chosen = boolean("use_squashfuse", value)?;
@@ -142,14 +149,10 @@ mod tests {
                 sbatch_support: false,
                 executable: "/opt/pyxis/bin/pyxis".into(),
                 config: "/opt/pyxis/pyxis.toml".into(),
-                without_effect: vec![
-                    "runtime_path",
-                    "execute_entrypoint",
-                    "container_scope",
-                    "use_enroot_load",
-                    "importer",
-                    "use_squashfuse"
-                ],
+                execute_entrypoint: true,
+                job_scope: true,
+                importer: Some("/opt/import".into()),
+                without_effect: vec!["runtime_path", "use_enroot_load", "use_squashfuse"],
             }
         );
     }

@@ -72,13 +72,11 @@ impl Options {
             OptionId::MountHome | OptionId::NoMountHome => self.mount_home.is_some(),
             OptionId::RemapRoot | OptionId::NoRemapRoot => self.remap_root.is_some(),
             OptionId::Writable | OptionId::Readonly => self.writable.is_some(),
-            // Refused as soon as they are given.
-            OptionId::Name
-            | OptionId::Save
-            | OptionId::Entrypoint
-            | OptionId::NoEntrypoint
-            | OptionId::EntrypointLog
-            | OptionId::Unshare => false,
+            OptionId::Name => self.name.is_some(),
+            OptionId::Save => self.save.is_some(),
+            OptionId::Entrypoint | OptionId::NoEntrypoint => self.entrypoint.is_some(),
+            OptionId::EntrypointLog => self.entrypoint_log.is_some(),
+            OptionId::Unshare => self.unshare.any(),
         }
     }
 }

@@ -2,8 +2,8 @@
 //! options, and the administrator's arguments in plugstack.conf (behaviour reference, sections 3 and 4).
 //!
 //! [`Options`] is filled by Slurm's option callbacks, on the submit side and again on each node, in an order that Slurm
-//! chooses: inherited from the job's environment, `#SBATCH` lines, command line. An option that takes a single value may
-//! come more than once with the same text, never with two.
+//! chooses: inherited from the job's environment, `#SBATCH` lines, command line. Of single values the last one counts, so
+//! that a script's may be overridden, unless the command line itself has two ([`Options::note_command_line`]).
 
 #![forbid(unsafe_code)]
 
@@ -17,10 +17,10 @@ use std::path::PathBuf;
 use crate::image::reference::{ImageReference, InvalidReference};
 use crate::mounts::entry::{InvalidEntry, MountEntry};
 use crate::mounts::spec::{InvalidMounts, MountSpec};
-use crate::request::{ContainerEnv, ImageSource};
+use crate::request::{ContainerEnv, ContainerName, ImageSource, NameMode, Unshare};
 
 pub use environment::FromEnvironmentError;
-use table::OptionId;
+use table::{OptionId, TABLE};
 
 /// The options of a step.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -39,10 +39,21 @@ pub struct Options {
     pub remap_root: Option<bool>,
     /// `--container-writable` / `--container-readonly`.
     pub writable: Option<bool>,
+    /// `--container-name`.
+    pub name: Option<ContainerName>,
+    /// `--container-save`.
+    pub save: Option<String>,
+    /// `--[no-]container-entrypoint`.
+    pub entrypoint: Option<bool>,
+    /// `--container-entrypoint-log`.
+    pub entrypoint_log: Option<bool>,
+    /// `--container-unshare`.
+    pub unshare: Unshare,
     image_text: Option<String>,
-    /// The lists that came as several arguments: Slurm relays only the last one to the nodes.
-    split: Vec<OptionId>,
+    /// The texts of list options, in order, each once: Slurm relays only the last one of each to the nodes.
     lists: Vec<(OptionId, String)>,
+    /// How often each option stands on the command line, by its number.
+    typed: [u8; TABLE.len()],
 }
 
 /// Why an option cannot be used. The texts are pyxis's where it has one.
@@ -87,15 +98,6 @@ pub enum OptionError {
     /// A namespace that cannot be asked for.
     #[error("--container-unshare: unknown namespace '{0}'")]
     UnknownNamespace(String),
-    /// Correct, but this version cannot do it.
-    #[error("--{0} is not available yet in this version of pyxis")]
-    NotAvailable(&'static str),
-    /// A squashfs file as image.
-    #[error(
-        "--container-image={0}: image files are not available yet in this version of pyxis; \
-         push the image to a registry and name it there"
-    )]
-    FileNotAvailable(String),
 }
 
 impl Options {
@@ -126,59 +128,103 @@ impl Options {
                 self.note_list(id, text);
                 Ok(())
             }
-            OptionId::Workdir => match &self.workdir {
-                Some(before) if before != text => Err(OptionError::Repeated(name)),
-                _ => {
-                    self.workdir = Some(text.to_owned());
-                    Ok(())
-                }
-            },
-            OptionId::Name => check_name(text).and(Err(OptionError::NotAvailable(name))),
+            OptionId::Workdir => self.single(id, |options| &mut options.workdir, text.to_owned()),
+            OptionId::Name => {
+                let parsed = parse_name(text)?;
+                self.single(id, |options| &mut options.name, parsed)
+            }
             OptionId::Save if text.ends_with('/') => Err(OptionError::SaveTarget),
-            OptionId::Unshare => check_namespaces(text).and(Err(OptionError::NotAvailable(name))),
-            _ => Err(OptionError::NotAvailable(name)),
+            OptionId::Save => self.single(id, |options| &mut options.save, text.to_owned()),
+            OptionId::Unshare => {
+                let asked = parse_namespaces(text)?;
+                let before = self.unshare;
+                self.unshare = Unshare {
+                    net: before.net || asked.net,
+                    ipc: before.ipc || asked.ipc,
+                    uts: before.uts || asked.uts,
+                };
+                self.note_list(id, text);
+                Ok(())
+            }
+            // The rest has no argument.
+            _ => Ok(()),
         }
     }
 
-    fn set_image(&mut self, text: &str) -> Result<(), OptionError> {
-        match &self.image_text {
-            Some(before) if before == text => return Ok(()),
-            Some(_) => return Err(OptionError::Repeated(OptionId::Image.name())),
-            None => {}
+    /// Takes note of the command line that the options come from: two different values there are a mistake, while one
+    /// there overrides what a script or the environment says.
+    pub fn note_command_line<'a>(&mut self, words: impl IntoIterator<Item = &'a [u8]>) {
+        for word in words.into_iter().take_while(|word| *word != b"--") {
+            let Some(long) = word.strip_prefix(b"--") else { continue };
+            let name = long.split(|&byte| byte == b'=').next().unwrap_or_default();
+            // getopt_long(3) takes every abbreviation that is not ambiguous.
+            let exact = TABLE.iter().find(|spec| spec.name().as_bytes() == name);
+            let mut abbreviated = TABLE.iter().filter(|spec| spec.name().as_bytes().starts_with(name));
+            if let Some(spec) = exact.or_else(|| abbreviated.next().filter(|_| abbreviated.next().is_none())) {
+                let count = &mut self.typed[spec.id as usize];
+                *count = count.saturating_add(1);
+            }
         }
-        let image = parse_image(text)?;
-        if matches!(image, ImageSource::File(_)) {
-            return Err(OptionError::FileNotAvailable(text.to_owned()));
-        }
-        self.image = Some(image);
-        self.image_text = Some(text.to_owned());
-        Ok(())
     }
 
-    fn switch(&mut self, id: OptionId) -> Result<(), OptionError> {
-        use OptionId::{MountHome, NoMountHome, NoRemapRoot, Readonly, RemapRoot, Writable};
-        let (field, value, names) = match id {
-            MountHome => (&mut self.mount_home, true, (MountHome, NoMountHome)),
-            NoMountHome => (&mut self.mount_home, false, (MountHome, NoMountHome)),
-            RemapRoot => (&mut self.remap_root, true, (RemapRoot, NoRemapRoot)),
-            NoRemapRoot => (&mut self.remap_root, false, (RemapRoot, NoRemapRoot)),
-            Writable => (&mut self.writable, true, (Writable, Readonly)),
-            Readonly => (&mut self.writable, false, (Writable, Readonly)),
-            _ => return Err(OptionError::NotAvailable(id.name())),
-        };
-        if *field == Some(!value) {
-            return Err(OptionError::Conflict(names.0.name(), names.1.name()));
+    fn typed(&self, id: OptionId) -> u8 {
+        self.typed[id as usize]
+    }
+
+    fn single<T: PartialEq>(
+        &mut self,
+        id: OptionId,
+        field: impl Fn(&mut Self) -> &mut Option<T>,
+        value: T,
+    ) -> Result<(), OptionError> {
+        let typed = self.typed(id);
+        let field = field(self);
+        if typed > 1 && field.as_ref().is_some_and(|before| *before != value) {
+            return Err(OptionError::Repeated(id.name()));
         }
         *field = Some(value);
         Ok(())
     }
 
-    fn note_list(&mut self, id: OptionId, text: &str) {
-        let differs = self.lists.iter().any(|(other, before)| *other == id && before != text);
-        if differs && !self.split.contains(&id) {
-            self.split.push(id);
+    fn set_image(&mut self, text: &str) -> Result<(), OptionError> {
+        let image = parse_image(text)?;
+        self.single(OptionId::Image, |options| &mut options.image_text, text.to_owned())?;
+        self.image = Some(image);
+        Ok(())
+    }
+
+    fn switch(&mut self, id: OptionId) -> Result<(), OptionError> {
+        use OptionId::{
+            Entrypoint, EntrypointLog, MountHome, NoEntrypoint, NoMountHome, NoRemapRoot, Readonly, RemapRoot, Writable,
+        };
+        let conflicting = |yes, no| self.typed(yes) > 0 && self.typed(no) > 0;
+        let (one, other) = match id {
+            MountHome | NoMountHome => (MountHome, NoMountHome),
+            RemapRoot | NoRemapRoot => (RemapRoot, NoRemapRoot),
+            Writable | Readonly => (Writable, Readonly),
+            Entrypoint | NoEntrypoint => (Entrypoint, NoEntrypoint),
+            _ => (id, id),
+        };
+        if one != other && conflicting(one, other) {
+            return Err(OptionError::Conflict(one.name(), other.name()));
         }
-        self.lists.push((id, text.to_owned()));
+        match id {
+            MountHome | NoMountHome => self.mount_home = Some(id == MountHome),
+            RemapRoot | NoRemapRoot => self.remap_root = Some(id == RemapRoot),
+            Writable | Readonly => self.writable = Some(id == Writable),
+            Entrypoint | NoEntrypoint => self.entrypoint = Some(id == Entrypoint),
+            EntrypointLog => self.entrypoint_log = Some(true),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// A list option came with this text.
+    fn note_list(&mut self, id: OptionId, text: &str) {
+        let entry = (id, text.to_owned());
+        if !self.lists.contains(&entry) {
+            self.lists.push(entry);
+        }
     }
 
     /// `--container-image` as typed.
@@ -188,7 +234,7 @@ impl Options {
 
     /// Whether the step is to run in a container.
     pub fn enabled(&self) -> bool {
-        self.image.is_some()
+        self.image.is_some() || self.name.is_some()
     }
 
     /// The options that were given although no container was asked for, as pyxis spells them.
@@ -202,16 +248,39 @@ impl Options {
             (self.workdir.is_some(), "--container-workdir"),
             (self.mount_home.is_some(), "--[no-]container-mount-home"),
             (self.remap_root.is_some(), "--[no-]container-remap-root"),
+            (self.entrypoint.is_some(), "--[no-]container-entrypoint"),
+            (self.entrypoint_log.is_some(), "--container-entrypoint-log"),
             (self.writable.is_some(), writable),
+            (self.save.is_some(), "--container-save"),
         ]
         .into_iter()
         .filter_map(|(given, name)| given.then_some(name))
         .collect()
     }
 
-    /// The list options that were given several times with different texts, of which Slurm relays only the last.
-    pub fn split_lists(&self) -> &[OptionId] {
-        &self.split
+    /// The whole list of an option that came as several arguments: Slurm relays only the last of them. With
+    /// `command_line_only` those that the command line has, if any, are the whole list.
+    pub fn merged_list(&self, id: OptionId, command_line_only: bool) -> Option<String> {
+        let texts: Vec<&str> = self.lists.iter().filter(|(other, _)| *other == id).map(|(_, text)| &**text).collect();
+        let own = usize::from(self.typed(id));
+        let skipped = if command_line_only && own > 0 { texts.len().saturating_sub(own) } else { 0 };
+        let texts = texts.get(skipped..).unwrap_or_default();
+        (texts.len() > 1).then(|| texts.join(","))
+    }
+
+    /// Takes `merged`, the whole list of which Slurm has relayed only the last argument. It counts only if it ends with
+    /// that argument: else it is another command's.
+    pub fn complete_list(&mut self, id: OptionId, merged: &[u8]) -> Result<(), OptionError> {
+        let relayed = self.lists.iter().rfind(|(other, _)| *other == id).map(|(_, text)| text.as_bytes());
+        if !relayed.is_some_and(|text| merged.ends_with(text)) {
+            return Ok(());
+        }
+        match id {
+            OptionId::Mounts => self.mounts.clear(),
+            OptionId::Env => self.env.clear(),
+            _ => {}
+        }
+        self.set(id, merged)
     }
 }
 
@@ -225,26 +294,33 @@ pub fn parse_image(text: &str) -> Result<ImageSource, InvalidReference> {
     Ok(ImageSource::Registry { typed: text.to_owned(), reference })
 }
 
-fn check_name(text: &str) -> Result<(), OptionError> {
+fn parse_name(text: &str) -> Result<ContainerName, OptionError> {
     let (name, flag) = text.split_once(':').unwrap_or((text, ""));
     if name.is_empty() {
         return Err(OptionError::EmptyName);
     }
-    match flag {
-        "" | "auto" | "create" | "exec" | "no_exec" => Ok(()),
-        _ => Err(OptionError::NameFlag),
-    }
+    let mode = match flag {
+        "" | "auto" => NameMode::Auto,
+        "create" => NameMode::Create,
+        "exec" => NameMode::Exec,
+        "no_exec" => NameMode::NoExec,
+        _ => return Err(OptionError::NameFlag),
+    };
+    Ok(ContainerName { name: name.to_owned(), mode })
 }
 
-fn check_namespaces(text: &str) -> Result<(), OptionError> {
+fn parse_namespaces(text: &str) -> Result<Unshare, OptionError> {
+    let mut asked = Unshare::default();
     for namespace in text.split(',') {
         match namespace {
             "" => return Err(OptionError::EmptyNamespace),
-            "net" | "ipc" | "uts" => {}
+            "net" => asked.net = true,
+            "ipc" => asked.ipc = true,
+            "uts" => asked.uts = true,
             other => return Err(OptionError::UnknownNamespace(other.to_owned())),
         }
     }
-    Ok(())
+    Ok(asked)
 }
 
 #[cfg(test)]

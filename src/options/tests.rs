@@ -5,6 +5,8 @@ use super::*;
 
 fn set(options: &[(OptionId, &str)]) -> Result<Options, OptionError> {
     let mut parsed = Options::default();
+    let words: Vec<String> = options.iter().map(|(id, _)| format!("--{}=x", id.name())).collect();
+    parsed.note_command_line(words.iter().map(|word| word.as_bytes()));
     for (id, argument) in options {
         parsed.set(*id, argument.as_bytes())?;
     }
@@ -42,7 +44,8 @@ fn everything_together() {
     assert_eq!(options.workdir.as_deref(), Some("/workspace"));
     assert_eq!(options.env, [ContainerEnv::FromHost("LANG".into()), ContainerEnv::Set("MODE".into(), "fast".into())]);
     assert_eq!((options.mount_home, options.remap_root, options.writable), (Some(false), Some(true), Some(true)));
-    assert_eq!(options.split_lists(), [OptionId::Mounts]);
+    assert_eq!(options.merged_list(OptionId::Mounts, true).as_deref(), Some("/data:/data:ro,/scratch,/data:/data:ro"));
+    assert_eq!(options.merged_list(OptionId::Env, true), None);
     assert!(options.without_container().is_empty());
 }
 
@@ -61,7 +64,10 @@ fn text_that_is_no_text_is_refused() {
 
 #[test]
 fn a_single_value_may_be_repeated_but_not_changed() {
-    use OptionId::{Image, Workdir};
+    use OptionId::{Image, Name, Save, Workdir};
+    assert!(set(&[(Name, "a:create"), (Name, "a:create")]).is_ok());
+    assert_eq!(message(&[(Name, "a"), (Name, "a:exec")]), "--container-name specified multiple times");
+    assert_eq!(message(&[(Save, "/a"), (Save, "/b")]), "--container-save specified multiple times");
     assert!(set(&[(Image, "alpine"), (Image, "alpine")]).is_ok());
     assert_eq!(message(&[(Image, "alpine"), (Image, "debian")]), "--container-image specified multiple times");
     assert!(set(&[(Workdir, "/a"), (Workdir, "/a")]).is_ok());
@@ -70,8 +76,9 @@ fn a_single_value_may_be_repeated_but_not_changed() {
 
 #[test]
 fn opposite_switches_conflict() {
-    use OptionId::{MountHome, NoMountHome, NoRemapRoot, Readonly, RemapRoot, Writable};
-    for (yes, no) in [(MountHome, NoMountHome), (RemapRoot, NoRemapRoot), (Writable, Readonly)] {
+    use OptionId::{Entrypoint, MountHome, NoEntrypoint, NoMountHome, NoRemapRoot, Readonly, RemapRoot, Writable};
+    let pairs = [(MountHome, NoMountHome), (RemapRoot, NoRemapRoot), (Writable, Readonly), (Entrypoint, NoEntrypoint)];
+    for (yes, no) in pairs {
         let expected = format!("both --{} and --{} were specified", yes.name(), no.name());
         assert_eq!(message(&[(yes, ""), (no, "")]), expected);
         assert_eq!(message(&[(no, ""), (yes, "")]), expected);
@@ -103,25 +110,60 @@ fn malformed_values_are_named() {
 }
 
 #[test]
-fn what_this_version_cannot_do_is_refused() {
-    for (id, argument) in [
-        (OptionId::Name, "a"),
-        (OptionId::Name, "a:"),
-        (OptionId::Name, "a:no_exec"),
-        (OptionId::Save, "/x.sqsh"),
-        (OptionId::Entrypoint, ""),
-        (OptionId::NoEntrypoint, ""),
-        (OptionId::EntrypointLog, ""),
-        (OptionId::Unshare, "net,ipc,uts"),
+fn names_have_a_mode() {
+    for (text, name, mode) in [
+        ("a", "a", NameMode::Auto),
+        ("a:", "a", NameMode::Auto),
+        ("a:auto", "a", NameMode::Auto),
+        ("a:create", "a", NameMode::Create),
+        ("a:exec", "a", NameMode::Exec),
+        ("12.0:no_exec", "12.0", NameMode::NoExec),
     ] {
-        let expected = format!("--{} is not available yet in this version of pyxis", id.name());
-        assert_eq!(message(&[(id, argument)]), expected);
+        let options = set(&[(OptionId::Name, text)]).unwrap();
+        assert!(options.enabled(), "{text}");
+        assert_eq!(options.name, Some(ContainerName { name: name.into(), mode }));
     }
+}
+
+#[test]
+fn paths_are_images_too() {
     for path in ["./x.sqsh", "/x.sqsh", "../x"] {
-        let text = message(&[(OptionId::Image, path)]);
-        assert!(text.starts_with(&format!("--container-image={path}: image files are not available yet")), "{text}");
+        assert_eq!(set(&[(OptionId::Image, path)]).unwrap().image, Some(ImageSource::File(path.into())));
     }
-    assert!(message(&[(OptionId::Image, "dockerd://x")]).contains("not available yet"));
+}
+
+#[test]
+fn namespaces_add_up() {
+    let options = set(&[(OptionId::Unshare, "net"), (OptionId::Unshare, "ipc,net")]).unwrap();
+    assert_eq!(options.unshare, Unshare { net: true, ipc: true, uts: false });
+    assert_eq!(options.merged_list(OptionId::Unshare, true).as_deref(), Some("net,ipc,net"));
+}
+
+#[test]
+fn what_a_script_or_the_environment_says_can_be_overridden() {
+    use OptionId::{Image, Mounts, NoRemapRoot, RemapRoot};
+    let mut options = Options::default();
+    options.note_command_line(
+        ["--container-im=b", "--container-mounts", "/b", "--", "--container-image=c"].map(str::as_bytes),
+    );
+    for (id, text) in [(Image, "a"), (Mounts, "/a"), (RemapRoot, ""), (Image, "b"), (Mounts, "/b"), (NoRemapRoot, "")] {
+        options.set(id, text.as_bytes()).unwrap();
+    }
+    assert_eq!((options.image_text(), options.remap_root), (Some("b"), Some(false)));
+    assert_eq!(options.merged_list(Mounts, false).as_deref(), Some("/a,/b"));
+    assert_eq!(options.merged_list(Mounts, true), None);
+}
+
+#[test]
+fn the_whole_list_replaces_its_relayed_end() {
+    let mut options = set(&[(OptionId::Mounts, "/b")]).unwrap();
+    options.complete_list(OptionId::Mounts, b"/a:/x:ro,/b").unwrap();
+    assert_eq!(options.mounts.iter().map(|mount| &*mount.source).collect::<Vec<_>>(), ["/a", "/b"]);
+    // Another command's.
+    options.complete_list(OptionId::Mounts, b"/a,/c").unwrap();
+    assert_eq!(options.mounts.len(), 2);
+    options.complete_list(OptionId::Env, b"A,B").unwrap();
+    assert!(options.env.is_empty());
 }
 
 #[test]
@@ -144,6 +186,10 @@ fn options_without_a_container_are_listed_as_pyxis_spells_them() {
         (OptionId::NoRemapRoot, ""),
         (OptionId::Readonly, ""),
         (OptionId::Env, "A"),
+        (OptionId::Unshare, "net"),
+        (OptionId::Save, "/x.sqsh"),
+        (OptionId::NoEntrypoint, ""),
+        (OptionId::EntrypointLog, ""),
     ])
     .unwrap();
     assert!(!options.enabled());
@@ -154,7 +200,10 @@ fn options_without_a_container_are_listed_as_pyxis_spells_them() {
             "--container-workdir",
             "--[no-]container-mount-home",
             "--[no-]container-remap-root",
+            "--[no-]container-entrypoint",
+            "--container-entrypoint-log",
             "--container-readonly",
+            "--container-save",
         ]
     );
     assert_eq!(set(&[(OptionId::Writable, "")]).unwrap().without_container(), ["--container-writable"]);
@@ -175,6 +224,9 @@ fn the_environment_fills_in_what_was_not_given() {
             ("PYXIS_CONTAINER_ENV", "A,B"),
             ("PYXIS_CONTAINER_ENTRYPOINT_LOG", "0"),
             ("PYXIS_CONTAINER_NAME", ""),
+            ("PYXIS_CONTAINER_ENTRYPOINT", "0"),
+            ("PYXIS_CONTAINER_SAVE", "x.sqsh"),
+            ("PYXIS_CONTAINER_UNSHARE", "net,uts"),
         ],
     )
     .unwrap();
@@ -182,6 +234,8 @@ fn the_environment_fills_in_what_was_not_given() {
     assert_eq!((options.mounts.len(), options.env.len()), (2, 2));
     assert_eq!(options.workdir.as_deref(), Some("/w"));
     assert_eq!((options.mount_home, options.remap_root, options.writable), (Some(true), Some(false), Some(false)));
+    assert_eq!((options.name, options.save.as_deref(), options.entrypoint), (None, Some("x.sqsh"), Some(false)));
+    assert_eq!(options.unshare, Unshare { net: true, ipc: false, uts: true });
 }
 
 #[test]
@@ -228,10 +282,9 @@ fn unknown_words_for_switches_are_ignored_and_writable_goes_before_readonly() {
 fn a_variable_that_cannot_be_used_is_an_error() {
     for (variable, value, expected) in [
         ("PYXIS_CONTAINER_MOUNTS", "/a,", "--container-mounts: invalid format: /a,"),
-        ("PYXIS_CONTAINER_NAME", "a", "--container-name is not available yet in this version of pyxis"),
+        ("PYXIS_CONTAINER_NAME", ":a", "--container-name: empty name"),
         ("PYXIS_CONTAINER_SAVE", "/", "--container-save: target is a directory"),
         ("PYXIS_CONTAINER_UNSHARE", "x", "--container-unshare: unknown namespace 'x'"),
-        ("PYXIS_CONTAINER_ENTRYPOINT", "0", "--no-container-entrypoint is not available yet in this version of pyxis"),
     ] {
         let error = environment(Options::default(), &[(variable, value)]).unwrap_err();
         assert_eq!(error.to_string(), format!("{expected} (from the environment variable {variable})"));

@@ -137,8 +137,14 @@ pub fn task_exit(state: &mut State, spank: &mut dyn Spank) {
 
 impl Step {
     /// Decides whether a container is asked for and makes what its tasks share.
-    fn prepare(state: &State, spank: &dyn Spank) -> Result<Option<Self>, String> {
-        let options = state.options().clone();
+    fn prepare(state: &State, spank: &mut dyn Spank) -> Result<Option<Self>, String> {
+        let mut options = state.options().clone();
+        for (id, variable) in submit::MERGED_LISTS {
+            let Some(merged) = spank.variable(variable) else { continue };
+            options.complete_list(id, &merged).map_err(|error| error.to_string())?;
+            // Not for the commands inside: theirs are other lists.
+            let _ = spank.remove_variable(variable.as_bytes());
+        }
         let options = options.with_environment(|name| spank.variable(name)).map_err(|error| error.to_string())?;
         if !options.enabled() {
             return match spank.variable(submit::REQUESTED).filter(|image| !image.is_empty()) {
@@ -188,13 +194,19 @@ impl Step {
             total_tasks: number(Item::TotalTasks)?,
         };
         let batch_script = if step_id == BATCH_STEP { Some(batch_script(spank)?) } else { None };
-        let Some(image) = self.options.image.clone() else { return Err("no container image".into()) };
         self.environment = spank.environment().map_err(|error| format!("couldn't get job environment: {error}"))?;
         self.request = Some(StepRequest {
             protocol: PROTOCOL_VERSION,
             user,
             step: Some(facts),
-            image,
+            image: self.options.image.clone(),
+            name: self.options.name.clone(),
+            job_scope: self.arguments.job_scope,
+            save: self.options.save.clone(),
+            entrypoint: self.options.entrypoint.unwrap_or(self.arguments.execute_entrypoint),
+            entrypoint_log: self.options.entrypoint_log.unwrap_or(false),
+            unshare: self.options.unshare,
+            importer: self.arguments.importer.clone(),
             // Slurm has changed to the step's directory, or to /tmp if it could not.
             cwd: std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/")),
             mounts: self.options.mounts.clone(),

@@ -10,7 +10,7 @@ pub fn init(spank: &mut dyn Spank, arguments: &[&str]) {
     match Arguments::parse(arguments.iter().copied()) {
         Ok(arguments) if arguments.without_effect.is_empty() => {}
         Ok(arguments) => spank.say(UserMessage::Log(format!(
-            "pyxis: these arguments in plugstack.conf have no effect in this version: {}",
+            "pyxis: these arguments in plugstack.conf have no effect here: {}",
             arguments.without_effect.join(", ")
         ))),
         Err(error) => spank.say(UserMessage::error(format!(

@@ -78,6 +78,11 @@ impl State {
         first
     }
 
+    /// See [`Options::note_command_line`].
+    pub fn note_command_line<'a>(&mut self, words: impl IntoIterator<Item = &'a [u8]>) {
+        self.options.note_command_line(words);
+    }
+
     /// An option arrived.
     pub fn set_option(&mut self, id: OptionId, argument: &[u8]) -> Result<(), OptionError> {
         self.options_judged = false;

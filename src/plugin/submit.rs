@@ -2,9 +2,9 @@
 //! is judged here, so that a mistake costs the user milliseconds and one clear line.
 
 use super::state::State;
-use super::{Failed, Spank};
+use super::{Context, Failed, Spank};
 use crate::options::arguments::Arguments;
-use crate::options::table::TABLE;
+use crate::options::table::{OptionId, TABLE};
 use crate::task::UserMessage;
 
 /// Slurm's containers are OCI bundles that a runtime starts instead of the command: there would be nothing to join.
@@ -15,6 +15,14 @@ pub(super) const TWO_CONTAINERS: &str =
 /// or a list of names, keeps from the node what stands for the options. Slurm always exports names that begin like this.
 pub(super) const REQUESTED: &str = "SLURM_PYXIS_CONTAINER_IMAGE";
 
+/// Options that may come as several arguments, and the variables that carry the whole list to the node, since Slurm
+/// relays only the last argument.
+pub(super) const MERGED_LISTS: [(OptionId, &str); 3] = [
+    (OptionId::Mounts, "SLURM_PYXIS_CONTAINER_MOUNTS"),
+    (OptionId::Env, "SLURM_PYXIS_CONTAINER_ENV"),
+    (OptionId::Unshare, "SLURM_PYXIS_CONTAINER_UNSHARE"),
+];
+
 /// Reads the plugstack arguments.
 pub(super) fn parse_arguments(state: &mut State, spank: &mut dyn Spank, arguments: &[&str]) -> Result<(), Failed> {
     state.arguments = Arguments::parse(arguments.iter().copied());
@@ -22,6 +30,12 @@ pub(super) fn parse_arguments(state: &mut State, spank: &mut dyn Spank, argument
     spank.say(UserMessage::error(error));
     spank.say(UserMessage::error("failed to parse configuration"));
     Err(Failed)
+}
+
+/// Remembers the command line, which decides whether two values of an option are a mistake.
+pub(super) fn note_command_line(state: &mut State) {
+    let line = std::fs::read("/proc/self/cmdline").unwrap_or_default();
+    state.note_command_line(line.split(|&byte| byte == 0).skip(1));
 }
 
 /// Registers all options.
@@ -44,6 +58,18 @@ pub(super) fn judge_options(
     slurm_container: Option<&str>,
 ) -> Result<(), Failed> {
     let Some(options) = state.options_to_judge() else { return Ok(()) };
+    // What a step is given replaces what its job was given; what sbatch is given completes what the script says.
+    let command_line_only = spank.context() == Context::Local;
+    for (id, variable) in MERGED_LISTS {
+        let merged = options.merged_list(id, command_line_only).unwrap_or_default();
+        if merged.is_empty() && spank.variable(variable).is_none() {
+            continue;
+        }
+        spank.set_variable(variable.as_bytes(), merged.as_bytes()).map_err(|error| {
+            spank.say(UserMessage::error(format!("couldn't set environment variable {variable}: {error}")));
+            Failed
+        })?;
+    }
     let options = options.with_environment(|name| spank.variable(name)).map_err(|error| {
         spank.say(UserMessage::error(error));
         Failed
@@ -55,12 +81,6 @@ pub(super) fn judge_options(
     }
     if !options.enabled() {
         return Ok(());
-    }
-    for option in options.split_lists() {
-        spank.say(UserMessage::error(format!(
-            "--{0} was given several times, and Slurm passes on only the last one: write --{0}=A,B instead",
-            option.name()
-        )));
     }
     if slurm_container.and_then(|name| spank.variable(name)).is_some_and(|value| !value.is_empty()) {
         spank.say(UserMessage::error(TWO_CONTAINERS));

@@ -208,10 +208,13 @@ fn refused_options_fail_commands_and_tasks() {
 #[test]
 fn slurmd_says_what_has_no_effect() {
     let mut slurm = Slurm::new(Context::Slurmd);
-    assert_eq!(init(&mut State::default(), &mut slurm, &["importer=/x", "container_scope=job"]), Ok(()));
+    assert_eq!(
+        init(&mut State::default(), &mut slurm, &["use_squashfuse=1", "use_enroot_load=1", "importer=/x"]),
+        Ok(())
+    );
     let said = slurm.said();
     assert!(said[0].starts_with("L pyxis: version v"), "{said:?}");
-    assert!(said[1].ends_with("no effect in this version: importer, container_scope"), "{said:?}");
+    assert!(said[1].ends_with("no effect here: use_squashfuse, use_enroot_load"), "{said:?}");
     assert!(slurm.registered.is_empty());
 }
 
@@ -235,7 +238,7 @@ fn options_without_a_container_are_ignored_aloud_once() {
 }
 
 #[test]
-fn a_list_given_twice_is_announced() {
+fn a_list_given_twice_reaches_the_node_whole() {
     let mut slurm = Slurm::new(Context::Local).variable("PYXIS_CONTAINER_IMAGE", "alpine");
     let mut state = State::default();
     init(&mut state, &mut slurm, &[]).unwrap();
@@ -243,8 +246,27 @@ fn a_list_given_twice_is_announced() {
         state.set_option(OptionId::Mounts, argument.as_bytes()).unwrap();
     }
     assert_eq!(init_post_opt(&mut state, &mut slurm, &[]), Ok(()));
-    let said = slurm.said();
-    assert!(said.len() == 1 && said[0].starts_with("E pyxis: --container-mounts was given several times"), "{said:?}");
+    assert_eq!(slurm.said(), [""; 0]);
+    assert_eq!(slurm.variables.get_str("SLURM_PYXIS_CONTAINER_MOUNTS"), Some("/a,/b"));
+
+    // Slurm relays the last argument alone.
+    let mut slurm = Slurm::step().variable("SLURM_PYXIS_CONTAINER_MOUNTS", "/a,/b");
+    let state = managed(&mut slurm, &[], &[(OptionId::Image, "alpine"), (OptionId::Mounts, "/b")]);
+    let request = state.step.as_ref().and_then(|step| step.request()).unwrap();
+    assert_eq!(request.mounts.iter().map(|mount| &*mount.source).collect::<Vec<_>>(), ["/a", "/b"]);
+    assert_eq!(slurm.variables.get_str("SLURM_PYXIS_CONTAINER_MOUNTS"), None);
+}
+
+#[test]
+fn a_list_given_once_hides_that_of_the_job() {
+    let mut slurm = Slurm::new(Context::Local)
+        .variable("PYXIS_CONTAINER_IMAGE", "alpine")
+        .variable("SLURM_PYXIS_CONTAINER_MOUNTS", "/a,/b");
+    let mut state = State::default();
+    init(&mut state, &mut slurm, &[]).unwrap();
+    state.set_option(OptionId::Mounts, b"/b").unwrap();
+    assert_eq!(init_post_opt(&mut state, &mut slurm, &[]), Ok(()));
+    assert_eq!(slurm.variables.get_str("SLURM_PYXIS_CONTAINER_MOUNTS"), None, "empty");
 }
 
 #[test]
@@ -299,7 +321,7 @@ fn the_extern_step_is_left_alone() {
 #[test]
 fn what_cannot_be_done_fails_the_task_once_a_node() {
     for (variable, value, reason) in [
-        ("PYXIS_CONTAINER_NAME", "a", "--container-name is not available yet in this version of pyxis"),
+        ("PYXIS_CONTAINER_NAME", ":a", "--container-name: empty name"),
         ("PYXIS_CONTAINER_MOUNTS", ":", "--container-mounts: invalid format: :"),
     ] {
         let mut slurm = Slurm::step().variable(variable, value);

@@ -9,7 +9,6 @@ use crate::world::{IMAGE, World};
 pub const CASES: &[Case] = &[
     ("help_lists_all", help_lists_all),
     ("judged_on_submission", judged_on_submission),
-    ("unavailable_ones_fail", unavailable_ones_fail),
     ("repeated_and_opposite_ones", repeated_and_opposite_ones),
     ("without_image_are_ignored_aloud", without_image),
     ("from_the_environment", from_the_environment),
@@ -82,25 +81,6 @@ fn judged_on_submission(world: &mut World) -> Result<()> {
     }
     let garbage = format!("--container-image={}", "\u{1}x\u{7f}".repeat(700));
     world.refused(&[&garbage], "--container-image")?;
-    Ok(())
-}
-
-/// Never run on the bare host what was asked to run in a container.
-fn unavailable_ones_fail(world: &mut World) -> Result<()> {
-    for option in [
-        "--container-name=x",
-        "--container-save=/tmp/x.sqsh",
-        "--container-entrypoint",
-        "--no-container-entrypoint",
-        "--container-entrypoint-log",
-        "--container-unshare=net,ipc,uts",
-    ] {
-        let name = option.split('=').next().unwrap_or(option);
-        world.refused(&[IMAGE, option], &format!("pyxis: {name} is not available yet"))?;
-        world.refused(&[option], &format!("pyxis: {name} is not available yet"))?;
-    }
-    world.refused(&["--container-image=./image.sqsh"], "./image.sqsh")?;
-    world.refused(&["--container-image=dockerd://alpine"], "dockerd:// images are not available yet")?;
     Ok(())
 }
 
