@@ -20,6 +20,8 @@ use crate::import::{LayerError, LayerLimits, LayerSummary, write_layer};
 
 /// Enough for the deepest stage, TLS included, also without optimisation.
 const STACK: usize = 1 << 20;
+/// How many bytes are read for nothing but to know whether a blob that cannot be used is the right one.
+const MOST_TO_DIAGNOSE: usize = 64 << 20;
 
 /// Why a layer could not be imported.
 #[derive(Debug, thiserror::Error)]
@@ -94,7 +96,13 @@ fn download(
         hash.update(bytes);
         progress(bytes.len() as u64);
     };
-    pump_all(blob, &to, ImportError::Download, inspect)?;
+    let passed_on = pump_all(blob, &to, ImportError::Download, inspect);
+    if matches!(passed_on, Err(ImportError::Broken(_))) {
+        // What a later stage could not read may have been damaged on its way here: that is the better reason.
+        hash_the_rest(blob, &mut hash)?;
+    } else {
+        passed_on?;
+    }
     match digest(hash) {
         actual if actual == *expected => {
             to.finish();
@@ -102,6 +110,20 @@ fn download(
         }
         actual => Err(ImportError::BlobDigest(actual)),
     }
+}
+
+/// Reads what is left of a blob, if it is not much.
+fn hash_the_rest(blob: &mut impl Read, hash: &mut Sha256) -> Result<(), Broken> {
+    let mut buffer = vec![0; pipe::BUFFER];
+    for _ in 0..MOST_TO_DIAGNOSE / pipe::BUFFER {
+        match blob.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(count) => hash.update(&buffer[..count]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return Err(Broken),
+        }
+    }
+    Err(Broken)
 }
 
 fn inflate(from: Reader, to: Writer, expected: &Digest) -> Result<(), ImportError> {
@@ -194,6 +216,17 @@ mod tests {
             let summary = run(&blob, &descriptor(&blob, &tar), &LIMITS).unwrap();
             assert_eq!(summary.unpacked, tar.len() as u64);
             assert!(summary.image > 3_000_000);
+        }
+    }
+
+    #[test]
+    fn damage_on_the_way_is_the_reason_wherever_it_shows() {
+        let tar = tar(5_000_000);
+        for (blob, at) in [(tar.clone(), 100), (tar.clone(), 3_000_000), (gzip(&tar), 20), (gzip(&tar), 2_000)] {
+            let mut damaged = blob.clone();
+            damaged[at] ^= 0x55;
+            let error = run(&damaged, &descriptor(&blob, &tar), &LIMITS).unwrap_err();
+            assert!(matches!(error, ImportError::BlobDigest(_)), "{error}");
         }
     }
 
