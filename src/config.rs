@@ -30,6 +30,8 @@ pub struct Config {
     pub runtime: RuntimeSettings,
     /// Defaults of containers.
     pub container: ContainerSettings,
+    /// Where enroot's own files are.
+    pub enroot: EnrootSettings,
     /// What is logged.
     pub log: LogSettings,
     /// Registries by name.
@@ -115,6 +117,20 @@ pub struct ContainerSettings {
     /// `scratch_size`: limit of what a container may write to its root filesystem, as tmpfs takes it (`size=` of
     /// tmpfs(5): bytes with a suffix, or percent of the memory). Half of the memory if it is missing.
     pub scratch_size: Option<String>,
+}
+
+/// `[enroot]`: the files of an enroot installation, which go on working.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EnrootSettings {
+    /// `sysconf_path`: the directory of `enroot.conf`, `environ.d`, `mounts.d` and `hooks.d`.
+    pub sysconf_path: PathBuf,
+}
+
+impl Default for EnrootSettings {
+    fn default() -> Self {
+        Self { sysconf_path: crate::enroot::conf::DEFAULT_SYSCONF_PATH.into() }
+    }
 }
 
 /// `[log]`: what a container start says in the node's log (slurmd's; `pyxis run --verbose` prints it).
@@ -207,7 +223,11 @@ impl Config {
         })?;
         let invalid = |message| ConfigError::Value { path: path.to_owned(), message };
         config.registries().check().map_err(|error| invalid(error.to_string()))?;
-        for (name, directory) in [("store.path", &config.store.path), ("runtime.path", &config.runtime.path)] {
+        for (name, directory) in [
+            ("store.path", &config.store.path),
+            ("runtime.path", &config.runtime.path),
+            ("enroot.sysconf_path", &config.enroot.sysconf_path),
+        ] {
             if !directory.is_absolute() {
                 return Err(invalid(format!("{name}: must be an absolute path: {}", directory.display())));
             }
@@ -282,6 +302,7 @@ mod tests {
         let enabled = parse(&enabled).unwrap();
         assert_eq!(enabled.store, StoreSettings::default());
         assert_eq!(enabled.network, NetworkConfig::default());
+        assert_eq!(enabled.enroot, EnrootSettings::default());
         assert!(enabled.registry.contains_key("docker.io"));
     }
 }

@@ -1,6 +1,7 @@
 //! The system calls no crate has, and per-kernel differences, each in one function.
 
 pub mod channel;
+pub mod command;
 pub mod file;
 pub mod loopdev;
 pub mod memfile;
