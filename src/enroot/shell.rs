@@ -94,12 +94,14 @@ fn expand(text: &str, words: &mut Words, lookup: &Lookup<'_>, depth: usize) -> R
     let mut rest = text;
     while let Some(character) = rest.chars().next() {
         let after = &rest[character.len_utf8()..];
+        let begins_word =
+            text[..text.len() - rest.len()].chars().next_back().is_none_or(|before| " \t".contains(before));
         rest = match character {
             ' ' | '\t' => {
                 words.end_word();
                 after
             }
-            '#' if words.current.is_none() => return Ok(()),
+            '#' if begins_word && words.current.is_none() => return Ok(()),
             '\'' => {
                 let (inside, after) = after.split_once('\'').ok_or(Stop::Unbalanced("'"))?;
                 words.push(inside);
@@ -129,7 +131,7 @@ fn expand(text: &str, words: &mut Words, lookup: &Lookup<'_>, depth: usize) -> R
                 words.push_split(&output);
                 after
             }
-            '~' if words.current.is_none() => {
+            '~' if begins_word && words.current.is_none() => {
                 let name = after.split([' ', '\t', '/']).next().unwrap_or_default();
                 let home = (lookup.variable)("HOME").filter(|_| name.is_empty()).ok_or(Stop::NeedsShell)?;
                 words.push(&home);
@@ -233,6 +235,8 @@ fn dollar<'t>(text: &'t str, quoted: bool, lookup: &Lookup<'_>, depth: usize) ->
     let (name, after) = split_name(text);
     match (name, text.chars().next()) {
         ("", Some('$' | '?' | '!' | '#' | '@' | '*' | '-' | '\'' | '"' | '0'..='9')) => Err(Stop::NeedsShell),
+        // Outside quotes bash then does not split the whole word.
+        ("", _) if !quoted => Err(Stop::NeedsShell),
         ("", _) => Ok(("$".to_owned(), text)),
         _ => Ok(((lookup.variable)(name).unwrap_or_default(), after)),
     }
@@ -327,7 +331,7 @@ mod tests {
             ("$BLANKS", "a b"),
             ("\"$BLANKS\"", "a  b"),
             ("a\\ \\ b", "a  b"),
-            ("$ a", "$ a"),
+            ("\"$ a\"", "$ a"),
             ("100%", "100%"),
             ("", ""),
         ] {
