@@ -187,6 +187,15 @@ fn mount_home(world: &mut World) -> Result<()> {
     ensure!(home.join("work/new").exists());
     let remapped = world.sh(&["--container-mount-home", "--container-remap-root"], "ls ~/work/at-home; echo $HOME")?;
     assert_eq!(remapped, "/root/work/at-home\n/root");
+    // HOME says which directory that is.
+    for (options, target) in
+        [(&["--container-remap-root"][..], "/root"), (&[], &*home.join("work").display().to_string())]
+    {
+        let arguments = [&[IMAGE, "--container-mount-home"], options, &["sh", "-c", "ls ~; echo $HOME"]].concat();
+        let mut command = world.bed.cluster.command(0, "srun", arguments);
+        let output = process::run(command.env("HOME", home.join("work")), testbed::wait::DEADLINE)?.success()?;
+        ensure!(output.stdout.contains("at-home\n") && output.stdout.ends_with(&format!("\n{target}\n")), "{output}");
+    }
     std::fs::remove_file(home.join("work/new"))?;
     std::fs::remove_file(file)?;
     Ok(())
