@@ -50,6 +50,9 @@ pub struct RunArgs {
     /// Do not
     #[arg(long)]
     no_container_mount_home: bool,
+    /// Namespaces of its own: NS[,NS...] of net, ipc, uts
+    #[arg(long, value_name = "NAMESPACES")]
+    container_unshare: Vec<String>,
     /// Show what a step would write to the node's log
     #[arg(long, short)]
     verbose: bool,
@@ -117,6 +120,9 @@ fn request(args: &RunArgs, user: User) -> Result<StepRequest, Error> {
     for text in &args.container_env {
         options.set(OptionId::Env, text.as_bytes())?;
     }
+    for text in &args.container_unshare {
+        options.set(OptionId::Unshare, text.as_bytes())?;
+    }
     if let Some(path) = &args.container_workdir {
         options.set(OptionId::Workdir, path.as_bytes())?;
     }
@@ -166,7 +172,11 @@ fn task(args: &RunArgs, config: &Path, request: &StepRequest, environment: &Envi
             UserMessage::Log(_) => {}
         });
         let Outcome::Ready(container) = outcome else { exit_now(1) };
-        let options = JoinOptions { container_env: request.container_env.clone(), workdir: request.workdir.clone() };
+        let options = JoinOptions {
+            container_env: request.container_env.clone(),
+            workdir: request.workdir.clone(),
+            unshare: request.unshare,
+        };
         let environment = container.task_environment(environment, &options);
         container.join(&options)?;
         Err(execute(&args.command, &environment)?)

@@ -24,6 +24,7 @@ use crate::config::ContainerSettings;
 use crate::image::config::ImageConfig;
 use crate::mounts::apply::{apply, missing_sources};
 use crate::mounts::rootdir::RootDir;
+use crate::mounts::unshared;
 use crate::namespaces;
 use crate::request::{Environment, StepRequest};
 use crate::rootfs::identity::HostUser;
@@ -152,6 +153,7 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     kept.set(CapabilitySet::SETFCAP, request.user.uid == 0);
     become_user_keeping(&request.user, kept).map_err(step("become the job's user"))?;
     namespaces::enter_container(&request.user, remap_root).map_err(step("user namespace"))?;
+    namespaces::unshare(request.unshare).map_err(|(what, cause)| InitError::Step { what, cause })?;
     // Changing the uid has cleared it.
     die_with_parent(start.broker).map_err(step("container init"))?;
     channel.send(&FromInit::Started, &[]).map_err(|_| InitError::Abandoned)?;
@@ -203,6 +205,7 @@ fn furnish(
             .map_err(|error| InitError::Other(error.to_string()))
     };
     mount_all(&plan.default_mounts)?;
+    unshared::mount(root, start.request.unshare).map_err(|error| InitError::Other(error.to_string()))?;
     let login = identity::write(root, &start.request.user, host, remap_root).map_err(step("/etc/passwd"))?;
     adapt::copy_time_zone(root).map_err(step("/etc/localtime"))?;
     if remap_root {

@@ -5,3 +5,4 @@ pub mod defaults;
 pub mod entry;
 pub mod rootdir;
 pub mod spec;
+pub mod unshared;

@@ -1,4 +1,5 @@
-//! User namespaces: of a container, and for idmapped mounts (user_namespaces(7)).
+//! Namespaces: of a container (user_namespaces(7) and those that `--container-unshare` asks for), and the user namespaces
+//! of idmapped mounts.
 
 use std::fs;
 use std::io;
@@ -8,7 +9,8 @@ use rustix::fs::{Mode, OFlags};
 use rustix::process::WaitOptions;
 use rustix::thread::UnshareFlags;
 
-use crate::request::User;
+use crate::request::{Unshare, User};
+use crate::sys::network;
 use crate::sys::process::{Forked, exit_now, fork};
 
 /// A user namespace in which 0 is `user`, for `MOUNT_ATTR_IDMAP` (mount_setattr(2)): no process lives in it.
@@ -50,4 +52,23 @@ pub fn enter_container(user: &User, remap_root: bool) -> io::Result<()> {
     fs::write("/proc/self/setgroups", "deny")?;
     fs::write("/proc/self/uid_map", format!("{} {} 1\n", inside(user.uid), user.uid))?;
     fs::write("/proc/self/gid_map", format!("{} {} 1\n", inside(user.gid), user.gid))
+}
+
+/// Moves the calling process into the namespaces that `--container-unshare` asks for; they belong to its user namespace.
+/// The error comes with the kind that could not be made, as users call it.
+pub fn unshare(kinds: Unshare) -> Result<(), (&'static str, io::Error)> {
+    for (wanted, flag, kind) in [
+        (kinds.net, UnshareFlags::NEWNET, "network namespace"),
+        (kinds.ipc, UnshareFlags::NEWIPC, "IPC namespace"),
+        (kinds.uts, UnshareFlags::NEWUTS, "UTS namespace"),
+    ] {
+        if wanted {
+            // SAFETY: none of them changes a descriptor or memory of this single-threaded process.
+            unsafe { rustix::thread::unshare_unsafe(flag) }.map_err(|errno| (kind, errno.into()))?;
+        }
+    }
+    if kinds.net {
+        network::bring_up_loopback().map_err(|error| ("loopback interface", error))?;
+    }
+    Ok(())
 }

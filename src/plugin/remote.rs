@@ -255,7 +255,11 @@ impl Step {
     fn enter_container(&mut self, spank: &mut dyn Spank) -> Result<(), Option<String>> {
         let task = spank.environment().map_err(|error| format!("couldn't get task environment: {error}"))?;
         let container = self.wait_for_container(&task, spank)?;
-        let options = JoinOptions { container_env: self.options.env.clone(), workdir: self.options.workdir.clone() };
+        let options = JoinOptions {
+            container_env: self.options.env.clone(),
+            workdir: self.options.workdir.clone(),
+            unshare: self.options.unshare,
+        };
         let environment = container.task_environment(&task, &options);
         for (name, value) in task.changes_to(&environment) {
             let changed = match value {

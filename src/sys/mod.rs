@@ -6,6 +6,7 @@ pub mod file;
 pub mod loopdev;
 pub mod memfile;
 pub mod mount;
+pub mod network;
 pub mod process;
 pub mod seccomp;
 pub mod spawn;

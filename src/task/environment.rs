@@ -53,7 +53,7 @@ mod tests {
 
     fn merged(container: &[&str], task: &[&str], container_env: &[ContainerEnv]) -> Vec<String> {
         let container = Container::new(1, "/work".into(), false, container.iter().collect());
-        let options = JoinOptions { container_env: container_env.to_vec(), workdir: None };
+        let options = JoinOptions { container_env: container_env.to_vec(), workdir: None, ..JoinOptions::default() };
         let environment = container.task_environment(&task.iter().collect(), &options);
         let mut strings: Vec<String> = environment
             .iter()

@@ -1,10 +1,12 @@
 //! Joining a container: `setns`, working directory, seccomp (behaviour reference, sections 6.4 and 8).
 
+use std::os::fd::{AsFd, BorrowedFd};
+
 use rustix::process::{Pid, PidfdFlags};
 use rustix::thread::ThreadNameSpaceType;
 use serde::{Deserialize, Serialize};
 
-use crate::request::{ContainerEnv, Environment};
+use crate::request::{ContainerEnv, Environment, Unshare};
 use crate::sys;
 
 /// A running container, as a task needs to know it.
@@ -29,7 +31,22 @@ pub struct JoinOptions {
     pub container_env: Vec<ContainerEnv>,
     /// `--container-workdir` of the request.
     pub workdir: Option<String>,
+    /// `--container-unshare` of the request.
+    pub unshare: Unshare,
 }
+
+/// A kind of namespace a task may join: as the kernel, `/proc/PID/ns` and users call it.
+type Kind = (ThreadNameSpaceType, &'static str, &'static str);
+
+/// In the order in which the tasks of pyxis join.
+const KINDS: [Kind; 6] = [
+    (ThreadNameSpaceType::USER, "user", "user"),
+    (ThreadNameSpaceType::CONTROL_GROUP, "cgroup", "cgroup"),
+    (ThreadNameSpaceType::MOUNT, "mnt", "mount"),
+    (ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION, "ipc", "IPC"),
+    (ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME, "uts", "UTS"),
+    (ThreadNameSpaceType::NETWORK, "net", "network"),
+];
 
 impl Container {
     /// The container whose init has process id `init`.
@@ -49,13 +66,12 @@ impl Container {
         let init = rustix::process::pidfd_open(init, PidfdFlags::empty()).map_err(|error| {
             format!("couldn't get container namespaces: container init has ended: {}", sys::reason(error))
         })?;
-        let mut namespaces = ThreadNameSpaceType::MOUNT;
+        let mut namespaces = ThreadNameSpaceType::MOUNT | self.own_namespaces(options.unshare)?;
         if !self.entered {
             namespaces |= ThreadNameSpaceType::USER;
             namespaces.set(ThreadNameSpaceType::CONTROL_GROUP, self.cgroup_namespace);
         }
-        rustix::thread::move_into_thread_name_spaces(std::os::fd::AsFd::as_fd(&init), namespaces)
-            .map_err(|error| format!("couldn't join container namespaces: {}", sys::reason(error)))?;
+        join_all(init.as_fd(), namespaces)?;
         let workdir = self.workdir(options);
         rustix::process::chdir(workdir)
             .map_err(|error| format!("couldn't chdir to {workdir}: {}", sys::reason(error)))?;
@@ -63,4 +79,44 @@ impl Container {
             .load()
             .map_err(|error| format!("seccomp filter failed: {}", sys::reason(error)))
     }
+
+    /// Which of the namespaces that a container may or may not have it has: those that are not the caller's. Fails if
+    /// it lacks a `wanted` one: it was started by another step then.
+    fn own_namespaces(&self, wanted: Unshare) -> Result<ThreadNameSpaceType, String> {
+        let mut own = ThreadNameSpaceType::empty();
+        for (kind, file, name) in KINDS {
+            let wanted = match file {
+                "net" => wanted.net,
+                "ipc" => wanted.ipc,
+                "uts" => wanted.uts,
+                _ => continue,
+            };
+            let id = |process: &str| {
+                let path = format!("/proc/{process}/ns/{file}");
+                rustix::fs::stat(path)
+                    .map(|status| (status.st_dev, status.st_ino))
+                    .map_err(|error| format!("unable to open {name} namespace file: {}", sys::reason(error)))
+            };
+            if id(&self.init.to_string())? != id("self")? {
+                own |= kind;
+            } else if wanted {
+                return Err(format!(
+                    "error: --container-unshare={file} requested but the container is not in a separate {name} namespace"
+                ));
+            }
+        }
+        Ok(own)
+    }
+}
+
+/// setns(2). All at once, and if that fails one after the other, to say which one it is.
+fn join_all(init: BorrowedFd<'_>, namespaces: ThreadNameSpaceType) -> Result<(), String> {
+    if rustix::thread::move_into_thread_name_spaces(init, namespaces).is_ok() {
+        return Ok(());
+    }
+    for (kind, _, name) in KINDS.into_iter().filter(|(kind, ..)| namespaces.contains(*kind)) {
+        rustix::thread::move_into_thread_name_spaces(init, kind)
+            .map_err(|error| format!("couldn't join {name} namespace: {}", sys::reason(error)))?;
+    }
+    Ok(())
 }

@@ -16,6 +16,7 @@ mod mounts;
 mod options;
 mod registries;
 mod session;
+mod unshare;
 mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -40,7 +41,7 @@ fn main() -> ExitCode {
     // They share nodes, and look at what is left there.
     arguments.test_threads = Some(1);
     let shared = Shared::default();
-    let modules: [(&str, &[Case]); 11] = [
+    let modules: [(&str, &[Case]); 12] = [
         ("session", session::CASES),
         ("options", options::CASES),
         ("environment", environment::CASES),
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         ("jobs", jobs::CASES),
         ("bad_input", bad_input::CASES),
         ("command", command::CASES),
+        ("unshare", unshare::CASES),
         ("lifecycle", lifecycle::CASES),
     ];
     let trials = modules
