@@ -8,7 +8,7 @@ use rustix::mount::{MountAttrFlags, UnmountFlags};
 use spank_pyxis::sys::mount::{FsContext, attach_at};
 
 use crate::archive::Archive;
-use crate::support::{Image, Mounted, run};
+use crate::support::{Image, Mounted, as_in_an_image, run};
 use crate::tree::{self, Tree};
 
 /// Mounts attached below a directory, where any kernel's overlayfs takes them from.
@@ -63,7 +63,7 @@ fn unpacked(layers: &[Vec<u8>]) -> Tree {
         umoci(&["raw", "add-layer", "--image", "IMAGE", "layer.tar"]);
     }
     umoci(&["unpack", "--image", "IMAGE", "bundle"]);
-    tree::as_in_an_image(tree::read(&directory.path().join("bundle/rootfs")).unwrap())
+    as_in_an_image(tree::read(&directory.path().join("bundle/rootfs")).unwrap())
 }
 
 /// Without what differs for good reason: link counts (overlayfs says 1 for directories, and counts names that an upper

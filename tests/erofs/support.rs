@@ -109,7 +109,7 @@ pub fn run(command: &mut Command, install: &str) -> Vec<u8> {
 pub fn unpacked(archive: &[u8]) -> Tree {
     let directory = tempfile::tempdir_in("/var/tmp").unwrap();
     unpack(archive, directory.path());
-    tree::as_in_an_image(tree::read(directory.path()).unwrap())
+    as_in_an_image(tree::read(directory.path()).unwrap())
 }
 
 /// Unpacks an archive with GNU tar.
@@ -130,4 +130,22 @@ pub fn unpack(archive: &[u8], directory: &Path) {
 /// Creates a file, and gives it back to be filled.
 pub fn create(path: PathBuf) -> File {
     File::create_new(path).unwrap()
+}
+
+/// What an unpacked layer looks like in an image: owners, the owner's permissions, no devices, an empty `/dev`.
+pub fn as_in_an_image(mut tree: Tree) -> Tree {
+    tree.retain(|path, node| {
+        !path.starts_with(b"dev/") && !matches!(node.kind, tree::Kind::Device | tree::Kind::Whiteout)
+    });
+    for node in tree.values_mut() {
+        node.owner = (0, 0);
+        node.mode |= match node.kind {
+            tree::Kind::Directory => 0o700,
+            tree::Kind::Symlink(_) => 0o777,
+            _ if node.mode & 0o111 != 0 => 0o500,
+            _ => 0o400,
+        };
+        node.xattrs.retain(|name, _| name.starts_with(b"user."));
+    }
+    tree
 }
