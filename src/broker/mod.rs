@@ -180,6 +180,7 @@ fn start(
                 environment: &environment,
                 image_config: &image.config,
                 settings: &config.container,
+                sysconf: &config.enroot.sysconf_path,
                 runtime,
                 broker,
                 leader: leader.pid.as_raw_nonzero().get(),
@@ -328,6 +329,7 @@ fn relay(
         }
         if !from_init.is_empty() {
             match init_channel.receive().map_err(failed("container init"))? {
+                Some((FromInit::Say(message), _)) => leader.say(message),
                 Some((FromInit::Started, _)) => {
                     leader.channel.send(&ToLeader::Started { init }, &[]).map_err(|_| BrokerError::Cancelled)?;
                 }

@@ -8,9 +8,8 @@
 
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeSet;
-use std::fs::File;
-use std::io::{self, Read};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -114,6 +113,8 @@ pub enum EnrootConfError {
 pub struct EnrootConf {
     /// The process's environment and, over it, what the files set. Names that say no are not in it.
     environment: Environment,
+    /// What the files set.
+    defined: BTreeMap<String, String>,
     /// Switches that were set to a word for no.
     off: BTreeSet<String>,
     home: String,
@@ -126,7 +127,7 @@ impl EnrootConf {
     /// Reads the files below `sysconf` for a process with `environment` (of a step: what [`of_job`] leaves of the job's).
     /// Files that do not exist set nothing.
     pub fn load(sysconf: &Path, environment: &Environment, identity: &Identity) -> Result<Self, EnrootConfError> {
-        let mut reader = Reader { conf: Self::default(), identity, defined: BTreeSet::new() };
+        let mut reader = Reader { conf: Self::default(), identity };
         reader.conf.environment = environment.clone();
         reader.conf.sysconf = sysconf.to_owned();
         reader.conf.home = environment.get_str("HOME").unwrap_or(&identity.home).to_owned();
@@ -245,10 +246,22 @@ impl EnrootConf {
         self.get(key).map_or_else(|| base().join("enroot"), PathBuf::from)
     }
 
-    /// The process's environment, with the settings of the files in it and without switches that are off: what hooks
-    /// and substitutions see.
+    /// The process's environment, with the settings of the files in it and without switches that are off.
     pub fn environment(&self) -> &Environment {
         &self.environment
+    }
+
+    /// A later environment of the same process, with the same settings: what hooks and substitutions see.
+    pub fn environment_over(&self, mut environment: Environment) -> Environment {
+        for (key, value) in &self.defined {
+            if environment.get(key).is_none_or(<[u8]>::is_empty) {
+                environment.set(key.as_str(), value.as_str());
+            }
+        }
+        for key in &self.off {
+            environment.remove(key);
+        }
+        environment
     }
 }
 
@@ -258,32 +271,16 @@ fn read_error((path, cause): (PathBuf, io::Error)) -> EnrootConfError {
 
 /// The text of a file, and whether nobody but root and the user can have written it. `None` if it does not exist.
 fn read(path: &Path, uid: u32) -> Result<Option<(String, bool)>, EnrootConfError> {
-    let content = || -> io::Result<(String, bool)> {
-        let file = File::open(path)?;
-        let metadata = file.metadata()?;
-        if !metadata.is_file() {
-            return Err(io::Error::other("not a regular file"));
-        }
-        let mut bytes = Vec::new();
-        file.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
-        if bytes.len() as u64 > MAX_FILE {
-            return Err(io::Error::other(format!("more than {MAX_FILE} bytes")));
-        }
+    let content = super::read_file(path, MAX_FILE).map_err(|cause| read_error((path.to_owned(), cause)))?;
+    Ok(content.map(|(bytes, metadata)| {
         let trusted = [0, uid].contains(&metadata.uid()) && metadata.mode() & 0o022 == 0;
-        Ok((String::from_utf8_lossy(&bytes).into_owned(), trusted))
-    };
-    match content() {
-        Ok(content) => Ok(Some(content)),
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
-        Err(cause) => Err(EnrootConfError::Read { path: path.to_owned(), cause }),
-    }
+        (String::from_utf8_lossy(&bytes).into_owned(), trusted)
+    }))
 }
 
 struct Reader<'a> {
     conf: EnrootConf,
     identity: &'a Identity,
-    /// Keys that a file has set: the first definition wins.
-    defined: BTreeSet<String>,
 }
 
 impl Reader<'_> {
@@ -302,7 +299,7 @@ impl Reader<'_> {
             let invalid = |reason| EnrootConfError::Line { path: path.to_owned(), line: index + 1, reason };
             let value = self.evaluate(value, trusted).map_err(invalid)?;
             if value.is_empty() || self.conf.environment.get(key).is_some_and(|given| !given.is_empty()) {
-                if self.defined.contains(key) {
+                if self.conf.defined.contains_key(key) {
                     self.conf.warnings.push(format!("{}: {key} is set already: the first definition counts", place()));
                 }
                 continue;
@@ -310,8 +307,8 @@ impl Reader<'_> {
             if is_switch(key) && ["0", "off", "Off", "OFF", "disabled"].contains(&value.as_str()) {
                 self.conf.warnings.push(format!("{}: {key}: \"{value}\" means yes: for no write \"no\"", place()));
             }
-            self.defined.insert(key.to_owned());
-            self.conf.environment.set(key, value);
+            self.conf.environment.set(key, value.as_str());
+            self.conf.defined.insert(key.to_owned(), value);
         }
         Ok(())
     }

@@ -5,18 +5,42 @@
 
 pub mod conf;
 mod lines;
+pub mod mounts;
 mod shell;
 
 use std::ffi::OsStr;
-use std::io;
+use std::fs::{File, Metadata};
+use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
 
 /// `PATH` of what runs on the host for a container: hooks and the shell of a configuration.
 pub const HOST_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
+/// The content of the regular file `path`, at most `limit` bytes, and what it is; `None` if it does not exist. Never
+/// waits: a FIFO in its place is an error.
+pub(crate) fn read_file(path: &Path, limit: u64) -> io::Result<Option<(Vec<u8>, Metadata)>> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
+    let file = match rustix::fs::open(path, flags, Mode::empty()) {
+        Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => return Ok(None),
+        other => File::from(other?),
+    };
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(io::Error::other("not a regular file"));
+    }
+    let mut content = Vec::new();
+    file.take(limit + 1).read_to_end(&mut content)?;
+    if content.len() as u64 > limit {
+        return Err(io::Error::other(format!("more than {limit} bytes")));
+    }
+    Ok(Some((content, metadata)))
+}
+
 /// The files `*.EXTENSION` of `directory`, sorted by name; none if it does not exist. At most `limit`, more are an error.
-fn files_in(directory: &Path, extension: &str, limit: usize) -> Result<Vec<PathBuf>, (PathBuf, io::Error)> {
+pub(crate) fn files_in(directory: &Path, extension: &str, limit: usize) -> Result<Vec<PathBuf>, (PathBuf, io::Error)> {
     let failed = |cause| (directory.to_owned(), cause);
     let entries = match std::fs::read_dir(directory) {
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
@@ -40,6 +64,6 @@ fn files_in(directory: &Path, extension: &str, limit: usize) -> Result<Vec<PathB
     Ok(files)
 }
 
-fn os(bytes: &[u8]) -> &OsStr {
+pub(crate) fn os(bytes: &[u8]) -> &OsStr {
     OsStr::from_bytes(bytes)
 }

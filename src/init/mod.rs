@@ -5,8 +5,10 @@
 //! process without capabilities that holds the namespaces, for tasks that join late, and the leases of the layers, and
 //! ends when the life pipe hangs up. It runs no user code and is no rank's child.
 
+mod furnish;
 mod plan;
 pub mod protocol;
+mod site;
 
 use std::fs::File;
 use std::io;
@@ -15,30 +17,28 @@ use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{CWD, Mode, OFlags};
-use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use rustix::process::Pid;
 use rustix::thread::{CapabilitySet, LinkNameSpaceType, UnshareFlags};
 
 use crate::config::ContainerSettings;
 use crate::image::config::ImageConfig;
-use crate::mounts::apply::{apply, missing_sources};
-use crate::mounts::rootdir::RootDir;
-use crate::mounts::unshared;
 use crate::namespaces;
 use crate::request::{Environment, StepRequest};
 use crate::rootfs::identity::HostUser;
-use crate::rootfs::{adapt, cgroups, identity, overlay};
+use crate::rootfs::{cgroups, overlay};
 use crate::store::LeasedLayer;
 use crate::sys::channel::Channel;
-use crate::sys::mount::{Attributes, attach, attach_at, clone_tree, set_attributes};
+use crate::sys::mount::{Attributes, attach_at, clone_tree, set_attributes};
 use crate::sys::process::{
     become_user_keeping, block_all_signals, close_all_but, die_with_parent, exit_now, set_capabilities,
 };
 use crate::sys::{self, memfile};
 use crate::task::UserMessage;
-use plan::Plan;
+use crate::task::protocol::MAX_MEMORY_FILE;
+use furnish::Furnisher;
 use protocol::{FromInit, ToInit};
+use site::Site;
 
 /// What init knows from the beginning.
 #[derive(Debug)]
@@ -51,6 +51,8 @@ pub struct Start<'a> {
     pub image_config: &'a [u8],
     /// The site's defaults.
     pub settings: &'a ContainerSettings,
+    /// `/etc/enroot`.
+    pub sysconf: &'a Path,
     /// `/run/pyxis`.
     pub runtime: &'a Path,
     /// The process that forked this one.
@@ -68,6 +70,9 @@ enum InitError {
     /// The image or a mount: the text says it all.
     #[error("{0}")]
     Other(String),
+    /// Lines that are complete as they are: of `enroot-mount`, of a hook.
+    #[error("{}", .0.join("\n"))]
+    Log(Vec<String>),
     /// Mounts whose source is not there, in pyxis's words.
     #[error("--container-mounts: source path does not exist: {}", .0.display())]
     MissingSource(PathBuf),
@@ -113,14 +118,16 @@ pub fn run(start: &Start<'_>, channel: Channel<FromInit, ToInit>, life: OwnedFd,
 }
 
 fn messages(error: &InitError) -> Vec<UserMessage> {
-    match error {
-        InitError::MissingSource(_) => vec![UserMessage::error(error)],
-        _ => vec![
-            UserMessage::error("container start failed with error code: 1"),
-            UserMessage::error("printing enroot log file:"),
-            UserMessage::error(format!("    [ERROR] {error}")),
-        ],
-    }
+    let log = match error {
+        InitError::MissingSource(_) => return vec![UserMessage::error(error)],
+        InitError::Log(lines) => lines.clone(),
+        _ => vec![format!("[ERROR] {error}")],
+    };
+    ["container start failed with error code: 1".to_owned(), "printing enroot log file:".to_owned()]
+        .into_iter()
+        .chain(log.into_iter().map(|line| format!("    {line}")))
+        .map(UserMessage::error)
+        .collect()
 }
 
 struct Ready {
@@ -130,8 +137,6 @@ struct Ready {
 
 fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready, InitError> {
     let request = start.request;
-    let remap_root = request.remap_root.unwrap_or(start.settings.remap_root);
-    let writable = request.writable.unwrap_or(start.settings.writable);
 
     // As root: the overlay is attached in a mount namespace, so that the copy of it in the user's own one is locked:
     // nosuid, nodev and the like cannot be taken off even by a remapped root.
@@ -152,8 +157,9 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     let mut kept = CapabilitySet::SYS_ADMIN;
     kept.set(CapabilitySet::SETFCAP, request.user.uid == 0);
     become_user_keeping(&request.user, kept).map_err(step("become the job's user"))?;
-    namespaces::enter_container(&request.user, remap_root).map_err(step("user namespace"))?;
-    namespaces::unshare(request.unshare).map_err(|(what, cause)| InitError::Step { what, cause })?;
+    let site = Site::load(start, &host)?;
+    namespaces::enter_container(&request.user, site.choices.remap_root).map_err(step("user namespace"))?;
+    namespaces::unshare(site.choices.unshare).map_err(|(what, cause)| InitError::Step { what, cause })?;
     // Changing the uid has cleared it.
     die_with_parent(start.broker).map_err(step("container init"))?;
     channel.send(&FromInit::Started, &[]).map_err(|_| InitError::Abandoned)?;
@@ -164,13 +170,25 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     rustix::process::fchdir(&root).map_err(step("enter the root filesystem"))?;
 
     let image = ImageConfig::parse(start.image_config).map_err(|error| InitError::Other(error.to_string()))?;
-    let environment = furnish(start, RootDir::new(root.as_fd()), &image, &host, remap_root)?;
+    let mut furnisher = Furnisher::new(start, &site, &image, &host, root)?;
+    let login = furnisher.before_the_task()?;
+    // From here on with the task's environment, and the task is in its cgroups.
+    let proceed = receive_proceed(channel)?;
+    furnisher.with_the_task(&proceed.environment)?;
+    let (environment, root, log) = furnisher.finish(&login);
+    for line in log {
+        let line = UserMessage::Log(format!("pyxis: {line}"));
+        channel.send(&FromInit::Say(line), &[]).map_err(|_| InitError::Abandoned)?;
+    }
+    rustix::process::fchdir(&root).map_err(step("enter the root filesystem"))?;
     pivot().map_err(step("pivot_root"))?;
 
-    // The task is in its cgroups now.
-    join_cgroup_namespace(channel)?;
+    if let Some(namespace) = proceed.cgroup_namespace {
+        rustix::thread::move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::ControlGroup))
+            .map_err(step("cgroup namespace"))?;
+    }
     cgroups::show_own_subtree(start.leader, request.step.is_some());
-    if !writable {
+    if !site.choices.writable {
         let attributes = Attributes { set: libc::MOUNT_ATTR_RDONLY, ..Attributes::default() };
         set_attributes(root.as_fd(), &attributes).map_err(step("make the root filesystem read-only"))?;
     }
@@ -185,52 +203,6 @@ fn receive_root(channel: &Channel<FromInit, ToInit>) -> Result<OwnedFd, InitErro
     }
 }
 
-/// Puts into the root filesystem what this container needs, and works out its environment.
-fn furnish(
-    start: &Start<'_>,
-    root: RootDir<'_>,
-    image: &ImageConfig,
-    host: &HostUser,
-    remap_root: bool,
-) -> Result<Environment, InitError> {
-    let plan = Plan::new(start.request, start.environment, start.settings, image, host, remap_root)
-        .map_err(|error| InitError::Other(error.to_string()))?;
-    if let Some(path) = missing_sources(&plan.user_mounts).into_iter().next() {
-        return Err(InitError::MissingSource(path));
-    }
-    let mount_all = |entries: &[_]| {
-        entries
-            .iter()
-            .try_for_each(|entry| apply(root, &start.request.cwd, entry))
-            .map_err(|error| InitError::Other(error.to_string()))
-    };
-    mount_all(&plan.default_mounts)?;
-    unshared::mount(root, start.request.unshare).map_err(|error| InitError::Other(error.to_string()))?;
-    let login = identity::write(root, &start.request.user, host, remap_root).map_err(step("/etc/passwd"))?;
-    adapt::copy_time_zone(root).map_err(step("/etc/localtime"))?;
-    if remap_root {
-        adapt::let_apt_stay_root(root).map_err(step("/etc/apt/apt.conf.d/enroot"))?;
-    }
-    let workdir = plan::workdir(image);
-    adapt::make_working_directory(root, &workdir).map_err(|errno| {
-        InitError::Other(format!("cannot make the image's working directory {workdir}: {}", sys::reason(errno)))
-    })?;
-    for volume in plan.volumes() {
-        keep_writable(root, volume).map_err(|errno| {
-            InitError::Other(format!("cannot mount the image's volume {}: {}", volume.display(), sys::reason(errno)))
-        })?;
-    }
-    mount_all(&plan.user_mounts)?;
-    Ok(plan.environment(image, &login))
-}
-
-/// Binds `volume` on itself: a mount of its own does not become read-only with the root.
-fn keep_writable(root: RootDir<'_>, volume: &Path) -> Result<(), Errno> {
-    let directory = root.directory(volume)?;
-    let mount = clone_tree(directory.as_fd(), Path::new(""), false)?;
-    attach(mount.as_fd(), directory.as_fd())
-}
-
 /// Makes the working directory the root of the namespace and lets go of everything else.
 fn pivot() -> io::Result<()> {
     rustix::process::pivot_root(".", ".")?;
@@ -238,17 +210,23 @@ fn pivot() -> io::Result<()> {
     Ok(rustix::process::chdir("/")?)
 }
 
-fn join_cgroup_namespace(channel: &Channel<FromInit, ToInit>) -> Result<(), InitError> {
-    let Some((ToInit::Proceed { cgroup_namespace }, mut descriptors)) = channel.receive().map_err(step("broker"))?
-    else {
+/// What the leading task sends when it is in its cgroups.
+struct Proceed {
+    environment: Environment,
+    cgroup_namespace: Option<OwnedFd>,
+}
+
+fn receive_proceed(channel: &Channel<FromInit, ToInit>) -> Result<Proceed, InitError> {
+    let Some((ToInit::Proceed { cgroup_namespace }, descriptors)) = channel.receive().map_err(step("broker"))? else {
         return Err(InitError::Abandoned);
     };
-    if cgroup_namespace {
-        let namespace = descriptors.pop().ok_or(InitError::Abandoned)?;
-        rustix::thread::move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::ControlGroup))
-            .map_err(step("cgroup namespace"))?;
-    }
-    Ok(())
+    let mut descriptors = descriptors.into_iter();
+    let file = descriptors.next().ok_or(InitError::Abandoned)?;
+    let block = memfile::read_all(file, MAX_MEMORY_FILE).map_err(step("task environment"))?;
+    Ok(Proceed {
+        environment: Environment::from_block(&block),
+        cgroup_namespace: descriptors.next().filter(|_| cgroup_namespace),
+    })
 }
 
 /// Holds neither the step's output nor the broker's life any more.

@@ -2,9 +2,8 @@
 
 use std::path::Path;
 
-use crate::config::ContainerSettings;
+use super::site::Choices;
 use crate::image::config::ImageConfig;
-use crate::mounts::defaults::default_mounts;
 use crate::mounts::entry::{InvalidEntry, MountEntry};
 use crate::request::{Environment, StepRequest};
 use crate::rootfs::identity::{HostUser, Login};
@@ -15,9 +14,9 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 /// The mounts of one container and what its environment is made from.
 #[derive(Debug)]
 pub struct Plan {
-    /// In order, before anything of the user's.
-    pub default_mounts: Vec<MountEntry>,
-    /// Home directory, batch script and `--container-mounts`, in order.
+    /// The home directory, if it is to be mounted.
+    pub home_mount: Option<MountEntry>,
+    /// Batch script and `--container-mounts`, in order: the last mounts of all.
     pub user_mounts: Vec<MountEntry>,
     volumes: Vec<String>,
     /// `HOME`, if it is the host's.
@@ -30,18 +29,17 @@ impl Plan {
     pub fn new(
         request: &StepRequest,
         environment: &Environment,
-        settings: &ContainerSettings,
         image: &ImageConfig,
         host: &HostUser,
-        remap_root: bool,
+        choices: Choices,
     ) -> Result<Self, InvalidEntry> {
         let mut user_mounts = Vec::new();
-        let mut home = None;
-        if request.mount_home.unwrap_or(settings.mount_home) {
+        let (mut home, mut home_mount) = (None, None);
+        if choices.mount_home {
             let source = environment.get_str("HOME").unwrap_or(&host.home);
-            let target = if remap_root { "/root" } else { source };
+            let target = if choices.remap_root { "/root" } else { source };
             let options = ["x-create=dir", "rbind", "rw", "nosuid"];
-            user_mounts.push(MountEntry::new(source, target, options.into_iter())?);
+            home_mount = Some(MountEntry::new(source, target, options.into_iter())?);
             home = Some(target.to_owned());
         }
         if let Some(script) = &request.batch_script {
@@ -52,13 +50,7 @@ impl Plan {
         for spec in &request.mounts {
             user_mounts.push(MountEntry::try_from(spec)?);
         }
-        Ok(Self {
-            default_mounts: default_mounts().collect(),
-            user_mounts,
-            volumes: image.volumes.clone(),
-            home,
-            user_name: host.name.clone(),
-        })
+        Ok(Self { home_mount, user_mounts, volumes: image.volumes.clone(), home, user_name: host.name.clone() })
     }
 
     /// The image's volumes: they stay writable when the root becomes read-only.

@@ -1,6 +1,7 @@
 //! What the broker and container init say to each other.
 //!
 //! ```text
+//! init   → Say …                                at any time
 //! init   → Started                              in its user namespace
 //! broker → Root (+ detached overlay mount)      as soon as it exists: before Started
 //! broker → Proceed (as the leader sent it)
@@ -26,6 +27,8 @@ pub enum ToInit {
 /// From init to the broker.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum FromInit {
+    /// Pass this on.
+    Say(UserMessage),
     /// Init is in its user namespace, which others may join now.
     Started,
     /// The container can be joined. One descriptor: a memory file with its environment block.

@@ -1,13 +1,13 @@
 //! Executes one [`MountEntry`]: by descriptors, so that no path is walked twice.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, FileType};
+use rustix::fs::{AtFlags, CWD, FileType, StatVfsMountFlags};
 use rustix::io::Errno;
-use rustix::mount::{MountAttrFlags, UnmountFlags};
+use rustix::mount::{MountAttrFlags, MountFlags, OpenTreeFlags, UnmountFlags};
 
-use super::entry::{Action, Create, MountEntry};
+use super::entry::{self, Action, Create, MountEntry};
 use super::rootdir::RootDir;
 use crate::sys;
 use crate::sys::mount::{Attributes, FsContext, attach, clone_tree, set_attributes};
@@ -16,7 +16,7 @@ use crate::sys::mount::{Attributes, FsContext, attach, clone_tree, set_attribute
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
     /// The target.
-    #[error("failed to resolve path: {target}: {}", sys::reason(.errno))]
+    #[error("enroot-mount: failed to resolve path: {target}: {}", sys::reason(.errno))]
     Resolve {
         /// As the user wrote it.
         target: String,
@@ -24,7 +24,7 @@ pub enum ApplyError {
         errno: Errno,
     },
     /// The mount.
-    #[error("failed to {verb}: {source_path} at {target}: {}", sys::reason(.errno))]
+    #[error("enroot-mount: failed to {verb}: {source_path} at {target}: {}", sys::reason(.errno))]
     Mount {
         /// `mount` or `unmount`.
         verb: &'static str,
@@ -38,10 +38,13 @@ pub enum ApplyError {
 }
 
 /// Does what `entry` says below `root`. Relative sources are relative to `cwd`, a host path.
-pub fn apply(root: RootDir<'_>, cwd: &Path, entry: &MountEntry) -> Result<(), ApplyError> {
+///
+/// An entry with `nofail` may fail: then the reason is returned, unless it is `silent` too.
+pub fn apply(root: RootDir<'_>, cwd: &Path, entry: &MountEntry) -> Result<Option<ApplyError>, ApplyError> {
     match try_apply(root, cwd, entry) {
-        Err(_) if entry.nofail => Ok(()),
-        other => other,
+        Ok(()) => Ok(None),
+        Err(error) if entry.nofail => Ok((!entry.quiet).then_some(error)),
+        Err(error) => Err(error),
     }
 }
 
@@ -52,6 +55,10 @@ fn try_apply(root: RootDir<'_>, cwd: &Path, entry: &MountEntry) -> Result<(), Ap
     let target = |create| {
         root.mount_point(Path::new(&entry.target), create)
             .map_err(|errno| ApplyError::Resolve { target: entry.target.clone(), errno })
+    };
+    let directory_if_auto = match entry.create {
+        Create::Auto => Create::Directory,
+        other => other,
     };
     match &entry.action {
         Action::Bind { recursive } => {
@@ -65,25 +72,42 @@ fn try_apply(root: RootDir<'_>, cwd: &Path, entry: &MountEntry) -> Result<(), Ap
             set_flags(tree.as_fd(), entry).map_err(failed("mount"))?;
             attach(tree.as_fd(), target.as_fd()).map_err(failed("mount"))
         }
-        Action::Tmpfs { data } => {
-            let target = target(match entry.create {
-                Create::Auto => Create::Directory,
-                other => other,
-            })?;
-            let mount = tmpfs(data).map_err(|error| failed("mount")(error.errno().unwrap_or(Errno::IO)))?;
+        Action::New { kind, data } => {
+            let target = target(directory_if_auto)?;
+            let mount = new_file_system(kind, &entry.source, data)
+                .map_err(|error| failed("mount")(error.errno().unwrap_or(Errno::IO)))?;
             set_flags(mount.as_fd(), entry).map_err(failed("mount"))?;
             attach(mount.as_fd(), target.as_fd()).map_err(failed("mount"))
         }
+        Action::Remount { bind: true, .. } => set_flags(target(Create::No)?.as_fd(), entry).map_err(failed("mount")),
+        Action::Remount { bind: false, data } => {
+            let target = target(Create::No)?;
+            remount(target.as_fd(), entry, data).map_err(failed("mount"))?;
+            set_propagation(target.as_fd(), entry).map_err(failed("mount"))
+        }
+        Action::Move => {
+            let source = cwd.join(&entry.source);
+            let flags = OpenTreeFlags::OPEN_TREE_CLOEXEC;
+            let mount = rustix::mount::open_tree(CWD, &source, flags).map_err(failed("mount"))?;
+            let target = target(directory_if_auto)?;
+            attach(mount.as_fd(), target.as_fd()).map_err(failed("mount"))?;
+            set_propagation(mount.as_fd(), entry).map_err(failed("mount"))
+        }
+        Action::Propagate => set_propagation(target(directory_if_auto)?.as_fd(), entry).map_err(failed("mount")),
         Action::Detach => {
             let target = target(Create::No)?;
-            let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&target));
-            rustix::mount::unmount(path, UnmountFlags::DETACH).map_err(failed("unmount"))
+            rustix::mount::unmount(path_of(target.as_fd()), UnmountFlags::DETACH).map_err(failed("unmount"))
         }
     }
 }
 
+/// A path for the calls that take no descriptor.
+fn path_of(fd: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
 /// Flags on the topmost mount only: what a bind brought with it keeps its own.
-fn set_flags(mount: std::os::fd::BorrowedFd<'_>, entry: &MountEntry) -> Result<(), Errno> {
+fn set_flags(mount: BorrowedFd<'_>, entry: &MountEntry) -> Result<(), Errno> {
     if entry.set | entry.clear != 0 {
         let attributes = Attributes { set: entry.set, clear: entry.clear, ..Attributes::default() };
         match set_attributes(mount, &attributes) {
@@ -96,15 +120,52 @@ fn set_flags(mount: std::os::fd::BorrowedFd<'_>, entry: &MountEntry) -> Result<(
             other => other?,
         }
     }
+    set_propagation(mount, entry)
+}
+
+fn set_propagation(mount: BorrowedFd<'_>, entry: &MountEntry) -> Result<(), Errno> {
     for &(propagation, recursive) in &entry.propagation {
         set_attributes(mount, &Attributes { propagation, recursive, ..Attributes::default() })?;
     }
     Ok(())
 }
 
-fn tmpfs(data: &[String]) -> Result<std::os::fd::OwnedFd, sys::mount::MountError> {
-    let context = FsContext::open("tmpfs")?;
-    context.set("source", "tmpfs")?;
+/// `MS_REMOUNT` of a whole file system. Flags that the entry does not name stay; a kernel that refuses to give up one
+/// that is locked is asked to keep them all.
+fn remount(target: BorrowedFd<'_>, entry: &MountEntry, data: &[String]) -> Result<(), Errno> {
+    let current = rustix::fs::fstatvfs(target)?.f_flag;
+    let named = [
+        (libc::MOUNT_ATTR_RDONLY, StatVfsMountFlags::RDONLY, MountFlags::RDONLY),
+        (libc::MOUNT_ATTR_NOSUID, StatVfsMountFlags::NOSUID, MountFlags::NOSUID),
+        (libc::MOUNT_ATTR_NODEV, StatVfsMountFlags::NODEV, MountFlags::NODEV),
+        (libc::MOUNT_ATTR_NOEXEC, StatVfsMountFlags::NOEXEC, MountFlags::NOEXEC),
+        (libc::MOUNT_ATTR_NOATIME, StatVfsMountFlags::NOATIME, MountFlags::NOATIME),
+        (libc::MOUNT_ATTR_NODIRATIME, StatVfsMountFlags::NODIRATIME, MountFlags::NODIRATIME),
+    ];
+    let flags = |keep_all: bool| {
+        let wanted = named.iter().filter(|(attribute, present, _)| {
+            entry.set & attribute != 0 || (current.contains(*present) && (keep_all || entry.clear & attribute == 0))
+        });
+        let mut flags = wanted.fold(MountFlags::empty(), |flags, (.., flag)| flags | *flag);
+        for (name, flag) in
+            [("sync", MountFlags::SYNCHRONOUS), ("dirsync", MountFlags::DIRSYNC), ("lazytime", MountFlags::LAZYTIME)]
+        {
+            flags.set(flag, data.iter().any(|option| option == name));
+        }
+        flags
+    };
+    let is_flag = |option: &&String| !entry::OF_FILE_SYSTEM.contains(&option.as_str());
+    let data: Vec<&str> = data.iter().filter(is_flag).map(String::as_str).collect();
+    let data = data.join(",");
+    match rustix::mount::mount_remount(path_of(target), flags(false), data.as_str()) {
+        Err(Errno::PERM) => rustix::mount::mount_remount(path_of(target), flags(true), data.as_str()),
+        other => other,
+    }
+}
+
+fn new_file_system(kind: &str, source: &str, data: &[String]) -> Result<OwnedFd, sys::mount::MountError> {
+    let context = FsContext::open(kind)?;
+    context.set("source", source)?;
     for option in data {
         match option.split_once('=') {
             Some((key, value)) => context.set(key, value)?,
@@ -114,7 +175,7 @@ fn tmpfs(data: &[String]) -> Result<std::os::fd::OwnedFd, sys::mount::MountError
     context.mount(MountAttrFlags::empty())
 }
 
-fn is_directory(fd: std::os::fd::BorrowedFd<'_>) -> Result<bool, Errno> {
+fn is_directory(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
     let status = rustix::fs::statat(fd, "", AtFlags::EMPTY_PATH)?;
     Ok(FileType::from_raw_mode(status.st_mode) == FileType::Directory)
 }

@@ -21,6 +21,8 @@ pub struct MountEntry {
     pub create: Create,
     /// Go on if it fails.
     pub nofail: bool,
+    /// Do not mention it either.
+    pub quiet: bool,
 }
 
 /// What a [`MountEntry`] does.
@@ -31,11 +33,24 @@ pub enum Action {
         /// `rbind`.
         recursive: bool,
     },
-    /// A new tmpfs with these `key[=value]` options.
-    Tmpfs {
-        /// Options the kernel understands.
+    /// A new file system.
+    New {
+        /// Its type: `tmpfs`, `proc`, `overlay`, …
+        kind: String,
+        /// `key[=value]` options that the kernel understands.
         data: Vec<String>,
     },
+    /// Change the flags of what is mounted on the target.
+    Remount {
+        /// Of the mount only, and not of the file system.
+        bind: bool,
+        /// New options of the file system.
+        data: Vec<String>,
+    },
+    /// Move the mount from the source, a host path, to the target.
+    Move,
+    /// Nothing but the propagation of what is mounted on the target.
+    Propagate,
     /// Detach what is mounted on the target.
     Detach,
 }
@@ -113,8 +128,11 @@ fn propagation(option: &str) -> Option<(u64, bool)> {
     ))
 }
 
-/// Options that mean something to mount(8) or to the whole file system, and nothing to a mount in a container.
-const IGNORED: [&str; 25] = [
+/// Flags of a file system rather than of a mount: they count when it is made or remounted.
+pub(super) const OF_FILE_SYSTEM: [&str; 7] = ["sync", "async", "dirsync", "lazytime", "nolazytime", "mand", "nomand"];
+
+/// Options that mean something to mount(8), and nothing to a mount in a container.
+const IGNORED: [&str; 15] = [
     "auto",
     "noauto",
     "defaults",
@@ -126,21 +144,21 @@ const IGNORED: [&str; 25] = [
     "noowner",
     "group",
     "nogroup",
-    "sync",
-    "async",
-    "dirsync",
-    "lazytime",
-    "nolazytime",
-    "mand",
-    "nomand",
     "iversion",
     "noiversion",
     "norelatime",
-    "silent",
-    "loud",
     "_netdev",
-    "x-detach",
 ];
+
+/// Whether `word` is an option that has a meaning by itself, not one that is left to a file system.
+pub fn is_known_option(word: &str) -> bool {
+    attribute(word).is_some()
+        || propagation(word).is_some()
+        || OF_FILE_SYSTEM.contains(&word)
+        || IGNORED.contains(&word)
+        || matches!(word, "bind" | "rbind" | "remount" | "nofail" | "silent" | "loud")
+        || matches!(word, "x-create=dir" | "x-create=file" | "x-create=auto" | "x-move" | "x-detach")
+}
 
 impl TryFrom<&MountSpec> for MountEntry {
     type Error = InvalidEntry;
@@ -151,25 +169,44 @@ impl TryFrom<&MountSpec> for MountEntry {
 }
 
 impl MountEntry {
-    /// The mount of `source` on `target` with `options`.
+    /// The mount of `source`, a path, `tmpfs` or `umount`, on `target` with `options`.
     pub fn new<'a>(
         source: &str,
         target: &str,
         options: impl Iterator<Item = &'a str> + Clone,
     ) -> Result<Self, InvalidEntry> {
-        let detach = source == "umount" || options.clone().any(|option| option == "x-detach");
+        let detach = (source == "umount").then_some("x-detach");
+        let bind = (source != "tmpfs").then_some("bind");
+        let (entry, unused) = Self::of_type("none", source, target, bind.into_iter().chain(detach).chain(options));
+        match unused.into_iter().next() {
+            Some(option) if entry.action != Action::Detach => {
+                Err(InvalidEntry { from: entry.source, target: entry.target, option })
+            }
+            _ => Ok(entry),
+        }
+    }
+
+    /// The mount that a whole fstab line asks for, and the options that mean nothing to it.
+    pub fn of_type<'a>(
+        kind: &str,
+        source: &str,
+        target: &str,
+        options: impl Iterator<Item = &'a str>,
+    ) -> (Self, Vec<String>) {
         let mut entry = Self {
             source: source.to_owned(),
             target: target.to_owned(),
-            action: Action::Bind { recursive: false },
+            action: Action::Detach,
             set: 0,
             clear: 0,
             propagation: Vec::new(),
             create: Create::No,
             nofail: false,
+            quiet: false,
         };
-        let mut data = Vec::new();
+        let (mut data, mut of_file_system) = (Vec::new(), Vec::new());
         let mut create = [false; 3];
+        let (mut bind, mut recursive, mut remount, mut movement, mut detach) = (false, false, false, false, false);
         for option in options {
             if let Some((set, clear)) = attribute(option) {
                 entry.set = entry.set & !clear | set;
@@ -178,14 +215,20 @@ impl MountEntry {
                 entry.propagation.push(propagation);
             } else {
                 match option {
-                    "bind" => {}
-                    "rbind" => entry.action = Action::Bind { recursive: true },
+                    "bind" => bind = true,
+                    "rbind" => (bind, recursive) = (true, true),
+                    "remount" => remount = true,
+                    "x-move" => movement = true,
+                    "x-detach" => detach = true,
                     "nofail" => entry.nofail = true,
+                    "silent" => entry.quiet = true,
+                    "loud" => entry.quiet = false,
                     "x-create=file" => create[0] = true,
                     "x-create=dir" => create[1] = true,
                     "x-create=auto" => create[2] = true,
                     "" => {}
                     ignored if IGNORED.contains(&ignored) => {}
+                    flag if OF_FILE_SYSTEM.contains(&flag) => of_file_system.push(flag.to_owned()),
                     other => data.push(other.to_owned()),
                 }
             }
@@ -196,14 +239,26 @@ impl MountEntry {
             [_, _, true] => Create::Auto,
             _ => Create::No,
         };
-        if detach {
-            entry.action = Action::Detach;
-        } else if source == "tmpfs" {
-            entry.action = Action::Tmpfs { data };
-        } else if let Some(option) = data.into_iter().next() {
-            return Err(InvalidEntry { from: entry.source, target: entry.target, option });
-        }
-        Ok(entry)
+        // A pseudo file system is named by its type; a bind is not, and pyxis's own lines leave tmpfs's away.
+        let kind = if kind == "none" && source == "tmpfs" { "tmpfs" } else { kind };
+        let mut with_flags = || {
+            of_file_system.append(&mut data);
+            std::mem::take(&mut of_file_system)
+        };
+        entry.action = if detach {
+            Action::Detach
+        } else if remount {
+            Action::Remount { bind, data: if bind { Vec::new() } else { with_flags() } }
+        } else if movement {
+            Action::Move
+        } else if bind {
+            Action::Bind { recursive }
+        } else if kind == "none" && !entry.propagation.is_empty() {
+            Action::Propagate
+        } else {
+            Action::New { kind: kind.to_owned(), data: with_flags() }
+        };
+        (entry, data)
     }
 }
 
@@ -238,8 +293,33 @@ mod tests {
             [(libc::MS_UNBINDABLE, false), (libc::MS_SLAVE, true)]
         );
         let tmpfs = entry("tmpfs", "x-create=dir,size=1m,mode=755,nodev");
-        assert_eq!(tmpfs.action, Action::Tmpfs { data: vec!["size=1m".into(), "mode=755".into()] });
+        assert_eq!(tmpfs.action, Action::New { kind: "tmpfs".into(), data: vec!["size=1m".into(), "mode=755".into()] });
         assert_eq!(entry("umount", "x-detach").action, Action::Detach);
+    }
+
+    #[test]
+    fn what_a_line_of_a_type_does() {
+        let action = |kind: &str, source: &str, options: &str| {
+            MountEntry::of_type(kind, source, "/t", options.split(',')).0.action
+        };
+        let new = |kind: &str, data: &[&str]| Action::New {
+            kind: kind.into(),
+            data: data.iter().map(|&option| option.into()).collect(),
+        };
+        assert_eq!(action("proc", "none", "nosuid,hidepid=2"), new("proc", &["hidepid=2"]));
+        assert_eq!(action("tmpfs", "none", "size=1,sync"), new("tmpfs", &["sync", "size=1"]));
+        assert_eq!(action("none", "/s", "ro"), new("none", &[]));
+        assert_eq!(action("none", "none", "rslave"), Action::Propagate);
+        assert_eq!(action("none", "none", "remount,bind,ro"), Action::Remount { bind: true, data: vec![] });
+        assert_eq!(
+            action("tmpfs", "none", "remount,size=2"),
+            Action::Remount { bind: false, data: vec!["size=2".into()] }
+        );
+        assert_eq!(action("none", "/s", "x-move"), Action::Move);
+        assert_eq!(action("none", "/s", "x-detach,bind"), Action::Detach);
+        assert_eq!(action("ext4", "/s", "bind"), Action::Bind { recursive: false });
+        assert_eq!(MountEntry::of_type("none", "/s", "/t", ["bind", "x-foo"].into_iter()).1, ["x-foo"]);
+        assert!(entry("/s", "bind,nofail,silent").quiet && !entry("/s", "bind,silent,loud").quiet);
     }
 
     #[test]

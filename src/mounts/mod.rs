@@ -3,6 +3,7 @@
 pub mod apply;
 pub mod defaults;
 pub mod entry;
+pub mod fstab;
 pub mod rootdir;
 pub mod spec;
 pub mod unshared;

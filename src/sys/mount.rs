@@ -47,15 +47,15 @@ impl MountError {
 #[derive(Debug)]
 pub struct FsContext {
     fd: OwnedFd,
-    name: &'static str,
+    name: String,
 }
 
 impl FsContext {
     /// Begins a new instance of file system `name`.
-    pub fn open(name: &'static str) -> Result<Self, MountError> {
+    pub fn open(name: &str) -> Result<Self, MountError> {
         let fd = rustix::mount::fsopen(name, FsOpenFlags::FSOPEN_CLOEXEC)
             .map_err(|errno| MountError::new(format!("fsopen({name})"), errno))?;
-        Ok(Self { fd, name })
+        Ok(Self { fd, name: name.to_owned() })
     }
 
     /// Sets `key=value`.

@@ -1,6 +1,7 @@
 //! Containers without Slurm and without a registry: `pyxis run` on images that the tests put into a store themselves,
 //! built by mkfs.erofs, so that what is judged here is the mount path, container init and the join alone.
 
+mod enroot;
 mod seed;
 
 use std::process::Output;

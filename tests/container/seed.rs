@@ -49,9 +49,10 @@ impl Node {
         fs::create_dir(node.host_directory()).unwrap();
         fs::create_dir(node.path("run")).unwrap();
         let config = format!(
-            "[network]\nconnect_timeout = 1\n[store]\npath = {:?}\n[runtime]\npath = {:?}\n",
+            "[network]\nconnect_timeout = 1\n[store]\npath = {:?}\n[runtime]\npath = {:?}\n[enroot]\nsysconf_path = {:?}\n",
             node.path("store"),
-            node.path("run")
+            node.path("run"),
+            node.path("etc"),
         );
         node.write_config(&config);
         prepare(&node.path("store"));
@@ -66,6 +67,18 @@ impl Node {
     /// A directory that the user may read.
     pub fn host_directory(&self) -> PathBuf {
         self.path("host")
+    }
+
+    /// Adds a file, executable if its name ends in `.sh`, to the enroot configuration: `enroot.conf`, `mounts.d/x.fstab`.
+    pub fn configure_enroot(&self, name: &str, text: &str) {
+        write_file(&self.path("etc").join(name), text);
+    }
+
+    /// The same for the user's own, below his `ENROOT_CONFIG_PATH`, which is returned.
+    pub fn configure_user(&self, name: &str, text: &str) -> PathBuf {
+        let directory = self.path("user");
+        write_file(&directory.join(name), text);
+        directory
     }
 
     /// What the names of the layers' files have in common.
@@ -190,6 +203,12 @@ impl Node {
         self.command(arguments).output().unwrap()
     }
 
+    /// A shell script in a container, started with `variables` too.
+    pub fn run_with(&self, variables: &[(&str, &str)], options: &[&str], script: &str) -> Output {
+        let arguments = [&["run", "--user", USER.0], options, &[IMAGE, "sh", "-c", script]].concat();
+        self.command(&arguments).envs(variables.iter().copied()).output().unwrap()
+    }
+
     /// A shell script in a container.
     pub fn run(&self, options: &[&str], script: &str) -> Output {
         let arguments = [&["run", "--user", USER.0], options, &[IMAGE, "sh", "-c", script]].concat();
@@ -262,6 +281,13 @@ impl Drop for Running {
         drop(self.0.stdin.take());
         let _ = self.0.wait();
     }
+}
+
+fn write_file(path: &Path, text: &str) {
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(path, text).unwrap();
+    let mode = if path.extension().is_some_and(|extension| extension == "sh") { 0o755 } else { 0o644 };
+    fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
 }
 
 fn digest(number: u8) -> Digest {
