@@ -4,6 +4,7 @@
 //! Read by container init and by the commands people type, always as the user; the broker never looks at any of it.
 
 pub mod conf;
+pub mod generated;
 mod lines;
 pub mod mounts;
 mod shell;
