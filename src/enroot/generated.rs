@@ -104,7 +104,7 @@ fn environment(variables: &[String]) -> String {
 /// Volumes are binds of themselves: they stay writable when the root is read-only.
 fn fstab(volumes: &[String]) -> String {
     let mut text = String::new();
-    for volume in volumes.iter().filter(|volume| volume.trim_matches('/') != "") {
+    for volume in volumes.iter().filter(|volume| !volume.trim_matches('/').is_empty()) {
         let path: String = volume.chars().fold(String::new(), |mut path, character| {
             match character {
                 ' ' | '\t' | '\n' | '\\' => {
