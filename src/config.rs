@@ -105,7 +105,7 @@ impl Default for RuntimeSettings {
 }
 
 /// `[container]`: what holds where the user's options say nothing.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ContainerSettings {
     /// `writable`: as `--container-writable`.
@@ -117,6 +117,20 @@ pub struct ContainerSettings {
     /// `scratch_size`: limit of what a container may write to its root filesystem, as tmpfs takes it (`size=` of
     /// tmpfs(5): bytes with a suffix, or percent of the memory). Half of the memory if it is missing.
     pub scratch_size: Option<String>,
+    /// `entrypoint_timeout_seconds`: how long an image's entrypoint may take to execute its arguments.
+    pub entrypoint_timeout_seconds: u32,
+}
+
+impl Default for ContainerSettings {
+    fn default() -> Self {
+        Self {
+            writable: false,
+            remap_root: false,
+            mount_home: false,
+            scratch_size: None,
+            entrypoint_timeout_seconds: 300,
+        }
+    }
 }
 
 /// `[enroot]`: the files of an enroot installation, which go on working.
@@ -231,6 +245,9 @@ impl Config {
             if !directory.is_absolute() {
                 return Err(invalid(format!("{name}: must be an absolute path: {}", directory.display())));
             }
+        }
+        if config.container.entrypoint_timeout_seconds == 0 {
+            return Err(invalid("container.entrypoint_timeout_seconds: must be at least 1".into()));
         }
         if config.import.max_connections == 0 {
             return Err(invalid("import.max_connections: must be at least 1".into()));

@@ -333,13 +333,15 @@ fn relay(
                 Some((FromInit::Started, _)) => {
                     leader.channel.send(&ToLeader::Started { init }, &[]).map_err(|_| BrokerError::Cancelled)?;
                 }
-                Some((FromInit::Ready { workdir }, environment)) => {
+                Some((FromInit::Ready { workdir, entrypoint }, descriptors)) => {
                     tracing::info!("completed container setup in {} ms", began.elapsed().as_millis());
-                    let environment = environment.first().ok_or_else(vanished)?;
-                    return leader
+                    let wait = entrypoint.is_some();
+                    let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
+                    leader
                         .channel
-                        .send(&ToLeader::Ready { init, workdir }, &[environment.as_fd()])
-                        .map_err(|_| BrokerError::Cancelled);
+                        .send(&ToLeader::Ready { init, workdir, entrypoint }, &descriptors)
+                        .map_err(|_| BrokerError::Cancelled)?;
+                    return if wait { stand_by(leader, life) } else { Ok(()) };
                 }
                 Some((FromInit::Failed { messages }, _)) => return Err(BrokerError::Init(messages)),
                 None => return Err(vanished()),
@@ -353,4 +355,14 @@ fn relay(
             }
         }
     }
+}
+
+/// Waits until the leading task has run the entrypoint, or the step ends: which the task notices because this process
+/// ends, since the signals of a cancelled step need not reach the task itself.
+fn stand_by(leader: &Leader<'_>, life: &OwnedFd) -> Result<(), BrokerError> {
+    let mut watched = [
+        PollFd::new(leader.channel, PollFlags::IN | PollFlags::RDHUP),
+        PollFd::from_borrowed_fd(life.as_fd(), PollFlags::empty()),
+    ];
+    rustix::io::retry_on_intr(|| rustix::event::poll(&mut watched, None)).map(drop).map_err(failed("poll"))
 }

@@ -1,7 +1,6 @@
 //! `pyxis run`: a container without Slurm, through the same code as a step.
 
 use std::ffi::{CString, OsString};
-use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
@@ -187,29 +186,14 @@ fn task(args: &RunArgs, config: &Path, request: &StepRequest, environment: &Envi
     }
 }
 
-/// execvpe(3) with the container's `PATH`.
+/// Becomes the command, looked for in the container's `PATH`.
 fn execute(command: &[OsString], environment: &Environment) -> Result<Error, Error> {
     let arguments = command.iter().map(|word| CString::new(word.as_bytes())).collect::<Result<Vec<_>, _>>()?;
     let variables: Vec<CString> =
         environment.iter().map(|(name, value)| CString::new([name, b"=", value].concat())).collect::<Result<_, _>>()?;
     let name = arguments.first().ok_or("no command")?;
-    let path = environment.get_str("PATH").unwrap_or("/usr/bin:/bin").to_owned();
-    let mut last = io::Error::from_raw_os_error(libc::ENOENT);
-    let candidates: Vec<CString> = match name.as_bytes().contains(&b'/') {
-        true => vec![name.clone()],
-        false => path
-            .split(':')
-            .map(|directory| CString::new([directory.as_bytes(), b"/", name.as_bytes()].concat()))
-            .collect::<Result<_, _>>()?,
-    };
-    for candidate in candidates {
-        if let Err(errno) = nix::unistd::execve(&candidate, &arguments, &variables)
-            && !matches!(errno, nix::errno::Errno::ENOENT | nix::errno::Errno::ENOTDIR)
-        {
-            last = errno.into();
-        }
-    }
-    Ok(format!("{}: {}", name.to_string_lossy(), crate::sys::reason(last)).into())
+    let errno = crate::sys::exec::execute(name, &arguments, &variables, environment.get("PATH"));
+    Ok(format!("{}: {}", name.to_string_lossy(), errno.desc()).into())
 }
 
 /// Waits for the task, passing on signals, and ends as it did (128 + N for signal N, as shells have it).

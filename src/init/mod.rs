@@ -5,6 +5,7 @@
 //! process without capabilities that holds the namespaces, for tasks that join late, and the leases of the layers, and
 //! ends when the life pipe hangs up. It runs no user code and is no rank's child.
 
+mod entrypoint;
 mod furnish;
 mod plan;
 pub mod protocol;
@@ -23,6 +24,7 @@ use rustix::thread::{CapabilitySet, LinkNameSpaceType, UnshareFlags};
 
 use crate::config::ContainerSettings;
 use crate::image::config::ImageConfig;
+use crate::mounts::rootdir::RootDir;
 use crate::namespaces;
 use crate::request::{Environment, StepRequest};
 use crate::rootfs::identity::HostUser;
@@ -35,7 +37,8 @@ use crate::sys::process::{
 };
 use crate::sys::{self, memfile};
 use crate::task::UserMessage;
-use crate::task::protocol::MAX_MEMORY_FILE;
+use crate::task::protocol::{Entrypoint, MAX_MEMORY_FILE};
+use entrypoint::Probe;
 use furnish::Furnisher;
 use protocol::{FromInit, ToInit};
 use site::Site;
@@ -98,16 +101,20 @@ pub fn run(start: &Start<'_>, channel: Channel<FromInit, ToInit>, life: OwnedFd,
     let built = close_all_but(&kept).map_err(step("close descriptors")).and_then(|()| build(start, &channel)).and_then(
         |ready| {
             forget_the_outside().map_err(step("standard streams"))?;
+            let (entrypoint, probe) = ready.entrypoint.unzip();
+            let mut descriptors = vec![ready.environment.as_fd()];
+            descriptors.extend(probe.as_ref().map(|probe| probe.report.as_fd()));
             channel
-                .send(&FromInit::Ready { workdir: ready.workdir }, &[ready.environment.as_fd()])
-                .map_err(|_| InitError::Abandoned)
+                .send(&FromInit::Ready { workdir: ready.workdir, entrypoint }, &descriptors)
+                .map_err(|_| InitError::Abandoned)?;
+            Ok(probe)
         },
     );
     match built {
-        Ok(()) => {
+        Ok(probe) => {
             drop(channel);
             pause(&life);
-            drop(leases);
+            drop((leases, probe));
             exit_now(0)
         }
         Err(error) => {
@@ -133,6 +140,7 @@ fn messages(error: &InitError) -> Vec<UserMessage> {
 struct Ready {
     workdir: String,
     environment: File,
+    entrypoint: Option<(Entrypoint, Probe)>,
 }
 
 fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready, InitError> {
@@ -175,13 +183,17 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     // From here on with the task's environment, and the task is in its cgroups.
     let proceed = receive_proceed(channel)?;
     furnisher.with_the_task(&proceed.environment)?;
-    let (environment, root, log) = furnisher.finish(&login);
+    let (mut environment, root, log) = furnisher.finish(&login);
     for line in log {
         let line = UserMessage::Log(format!("pyxis: {line}"));
         channel.send(&FromInit::Say(line), &[]).map_err(|_| InitError::Abandoned)?;
     }
     rustix::process::fchdir(&root).map_err(step("enter the root filesystem"))?;
     pivot().map_err(step("pivot_root"))?;
+    entrypoint::add_named(&mut environment, request, start.environment);
+    let image_or_rc = (!start.image_config.is_empty()).then_some(&image);
+    let entrypoint = entrypoint::plan(start, image_or_rc, &site.conf, RootDir::new(root.as_fd()))
+        .map_err(|error| InitError::Other(error.to_string()))?;
 
     if let Some(namespace) = proceed.cgroup_namespace {
         rustix::thread::move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::ControlGroup))
@@ -193,7 +205,9 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
         set_attributes(root.as_fd(), &attributes).map_err(step("make the root filesystem read-only"))?;
     }
     let environment = memfile::sealed("pyxis-environment", &environment.to_block()).map_err(step("environment"))?;
-    Ok(Ready { workdir: plan::workdir(&image), environment })
+    let probed = |mut entrypoint| Probe::new(&mut entrypoint).map(|probe| (entrypoint, probe));
+    let entrypoint = entrypoint.map(probed).transpose().map_err(step("entrypoint"))?;
+    Ok(Ready { workdir: plan::workdir(&image), environment, entrypoint })
 }
 
 fn receive_root(channel: &Channel<FromInit, ToInit>) -> Result<OwnedFd, InitError> {
@@ -229,8 +243,9 @@ fn receive_proceed(channel: &Channel<FromInit, ToInit>) -> Result<Proceed, InitE
     })
 }
 
-/// Holds neither the step's output nor the broker's life any more.
+/// Holds neither a capability, nor the step's output, nor the broker's life any more.
 fn forget_the_outside() -> io::Result<()> {
+    set_capabilities(CapabilitySet::empty())?;
     let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
         .or_else(|_| rustix::fs::memfd_create("null", rustix::fs::MemfdFlags::CLOEXEC))?;
     rustix::stdio::dup2_stdin(&null)?;
@@ -240,9 +255,8 @@ fn forget_the_outside() -> io::Result<()> {
     Ok(())
 }
 
-/// Without a capability, until nobody holds the write end of the life pipe.
+/// Until nobody holds the write end of the life pipe.
 fn pause(life: &OwnedFd) {
-    let _ = set_capabilities(CapabilitySet::empty());
     loop {
         let mut descriptors = [PollFd::new(life, PollFlags::empty())];
         match rustix::event::poll(&mut descriptors, None) {

@@ -11,6 +11,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::task::UserMessage;
+use crate::task::protocol::Entrypoint;
 
 /// From the broker to init.
 #[derive(Debug, Serialize, Deserialize)]
@@ -31,10 +32,12 @@ pub enum FromInit {
     Say(UserMessage),
     /// Init is in its user namespace, which others may join now.
     Started,
-    /// The container can be joined. One descriptor: a memory file with its environment block.
+    /// The container can be joined. The descriptors of [`ToLeader::Ready`](crate::task::protocol::ToLeader::Ready).
     Ready {
         /// The image's working directory.
         workdir: String,
+        /// What the leading task has to run first.
+        entrypoint: Option<Entrypoint>,
     },
     /// The start failed.
     Failed {

@@ -2,13 +2,29 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::io::Errno;
 
 /// A sealed, read-only memory file with these bytes. `name` shows in `/proc/PID/fd`.
 pub fn sealed(name: &str, bytes: &[u8]) -> io::Result<File> {
-    let mut file = File::from(rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
+    seal(rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?, bytes)
+}
+
+/// The same, for execve(2).
+pub fn executable(name: &str, bytes: &[u8]) -> io::Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = match rustix::fs::memfd_create(name, flags | MemfdFlags::EXEC) {
+        // Before 6.3 every memory file is executable.
+        Err(Errno::INVAL) => rustix::fs::memfd_create(name, flags),
+        other => other,
+    };
+    seal(file?, bytes)
+}
+
+fn seal(file: OwnedFd, bytes: &[u8]) -> io::Result<File> {
+    let mut file = File::from(file);
     file.write_all(bytes)?;
     rustix::fs::fcntl_add_seals(&file, SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
     file.rewind()?;

@@ -2,11 +2,13 @@
 
 pub mod channel;
 pub mod command;
+pub mod exec;
 pub mod file;
 pub mod loopdev;
 pub mod memfile;
 pub mod mount;
 pub mod network;
+pub mod probe;
 pub mod process;
 pub mod seccomp;
 pub mod spawn;

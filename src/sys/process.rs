@@ -104,6 +104,40 @@ pub fn close_all_but(kept: &[BorrowedFd<'_>]) -> io::Result<()> {
     Ok(())
 }
 
+/// Gives every signal its default action and unblocks it, as a program expects that starts anew.
+pub fn default_signals() {
+    for number in 1..=libc::SIGRTMAX() {
+        // SAFETY: SIG_DFL is no function of ours. KILL, STOP and the two numbers that the C library keeps for itself are
+        // refused, which changes nothing.
+        unsafe { libc::signal(number, libc::SIG_DFL) };
+    }
+    // SAFETY: the set is initialised by sigemptyset before it is used.
+    unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigprocmask(libc::SIG_SETMASK, &set, std::ptr::null_mut());
+    }
+}
+
+/// The children of the calling, single-threaded process, ended ones included.
+pub fn children() -> io::Result<Vec<Pid>> {
+    let own = rustix::process::getpid().as_raw_nonzero();
+    match std::fs::read_to_string(format!("/proc/self/task/{own}/children")) {
+        Ok(list) => Ok(list.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect()),
+        // A kernel without CONFIG_PROC_CHILDREN: look at everybody.
+        Err(_) => {
+            let parent = |pid: Pid| {
+                let status = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
+                // PID (NAME) STATE PARENT …
+                status.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
+            };
+            let names = std::fs::read_dir("/proc")?.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+            let pids = names.filter_map(|name| Pid::from_raw(name.parse().ok()?));
+            Ok(pids.filter(|&pid| parent(pid) == Some(own.get())).collect())
+        }
+    }
+}
+
 /// Blocks every signal that can be blocked.
 pub fn block_all_signals() {
     // SAFETY: the set is initialised by sigfillset before it is used.

@@ -6,6 +6,10 @@ use crate::request::{ContainerEnv, Environment};
 /// Variables of the host that mean nothing inside an image, unless `--container-env` names them.
 const HOST_LOCALE: [&str; 3] = ["LANG", "LANGUAGE", "LC_ALL"];
 
+/// What Slurm and the MPI launchers set differently for each task: never what the container has got from the task that
+/// started it.
+const PER_TASK: [&str; 6] = ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_TASK_PID", "PMIX_RANK", "PMI_RANK", "PMI_FD"];
+
 impl Container {
     /// The task's environment inside the container: `task` is what Slurm made for it.
     ///
@@ -25,7 +29,8 @@ impl Container {
             }
         }
         for (name, value) in self.environment.iter() {
-            if !(kept(name) && task.iter().any(|(host, _)| host == name)) {
+            let per_task = PER_TASK.iter().any(|other| other.as_bytes() == name);
+            if !((per_task || kept(name)) && task.iter().any(|(host, _)| host == name)) {
                 environment.set(name, value);
             }
         }
@@ -82,6 +87,15 @@ mod tests {
         assert_eq!(merged(&[], &["LANG=de", "LC_ALL=C", "LC_TIME=C", "TERM=x"], &[]), ["LC_TIME=C", "TERM=x"]);
         assert_eq!(merged(&["LANG=C.UTF-8"], &["LANG=de"], &[host("LANG")]), ["LANG=de"]);
         assert_eq!(merged(&["LANG=C.UTF-8"], &["LANG=de"], &[]), ["LANG=C.UTF-8"]);
+    }
+
+    #[test]
+    fn what_differs_between_tasks_stays_theirs() {
+        assert_eq!(
+            merged(&["SLURM_PROCID=0", "SLURM_NTASKS=9"], &["SLURM_PROCID=3"], &[]),
+            ["SLURM_NTASKS=9", "SLURM_PROCID=3"]
+        );
+        assert_eq!(merged(&["PMI_RANK=0"], &["A=1"], &[]), ["A=1", "PMI_RANK=0"]);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use rustix::process::{Pid, PidfdFlags};
 use rustix::thread::ThreadNameSpaceType;
 use serde::{Deserialize, Serialize};
 
+use super::entrypoint::Prepared;
 use crate::request::{ContainerEnv, Environment, Unshare};
 use crate::sys;
 
@@ -52,6 +53,11 @@ impl Container {
     /// The container whose init has process id `init`.
     pub(super) fn new(init: i32, workdir: String, cgroup_namespace: bool, environment: Environment) -> Self {
         Self { init, workdir, cgroup_namespace, environment, entered: false }
+    }
+
+    /// This container after its entrypoint has run.
+    pub(super) fn prepared(self, prepared: Prepared) -> Self {
+        Self { environment: prepared.environment, workdir: prepared.workdir, ..self }
     }
 
     /// Working directory of a task inside the container: what was asked for, else the image's.

@@ -9,6 +9,7 @@
 //!                        everybody: Container::join, then merged environment and exec
 //! ```
 
+mod entrypoint;
 mod environment;
 mod join;
 pub mod protocol;

@@ -40,6 +40,21 @@ pub enum UserMessage {
     Log(String),
 }
 
+/// What the leading task runs in the container before anybody joins it (`task/entrypoint.rs`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entrypoint {
+    /// What to execute, a path inside the container or a name to be looked for in its `PATH`.
+    pub program: String,
+    /// Its arguments, `argv[0]` included; the last ones are what it has to execute.
+    pub words: Vec<String>,
+    /// How long it may take.
+    pub timeout_seconds: u32,
+    /// The image's entrypoint was asked for.
+    pub requested: bool,
+    /// Show what it has printed although all is well.
+    pub show_output: bool,
+}
+
 /// From the broker to the leading task.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum ToLeader {
@@ -50,12 +65,15 @@ pub enum ToLeader {
         /// Its process id.
         init: i32,
     },
-    /// The container can be joined. One descriptor: a memory file with the container's environment block.
+    /// The container can be joined. Descriptors: a memory file with the container's environment block and, if there is
+    /// an entrypoint to run first, the pipe on which its probe reports.
     Ready {
         /// Process id of container init.
         init: i32,
         /// Working directory of the image, inside the container.
         workdir: String,
+        /// What to run first. The broker goes on watching the step meanwhile, until the task hangs up.
+        entrypoint: Option<Entrypoint>,
     },
     /// The start failed; why has been said.
     Failed,

@@ -10,9 +10,9 @@ use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, PidfdFlags, WaitOptions};
 use rustix::thread::{ThreadNameSpaceType, UnshareFlags};
 
-use super::Container;
 use super::protocol::{MAX_MEMORY_FILE, ToBroker, ToLeader, UserMessage, descriptors};
 use super::shared::{Outcome, environment_file};
+use super::{Container, entrypoint};
 use crate::request::{Environment, StepRequest};
 use crate::sys::channel::{self, Channel};
 use crate::sys::spawn::spawn;
@@ -62,10 +62,11 @@ impl StartingContainer {
             say(UserMessage::error(reason));
             Outcome::Failed
         });
-        // The broker ends by itself now. It must not stay a child of the rank: an MPI launcher would see its SIGCHLD.
         if matches!(outcome, Outcome::Failed) {
             let _ = rustix::process::kill_process(self.broker, rustix::process::Signal::KILL);
         }
+        // It ends when nobody listens any more. It must not stay a child of the rank: an MPI launcher would see its SIGCHLD.
+        drop(self.channel);
         let _ = rustix::io::retry_on_intr(|| rustix::process::waitpid(Some(self.broker), WaitOptions::empty()));
         outcome
     }
@@ -97,16 +98,23 @@ impl StartingContainer {
                     descriptors.extend(namespace.as_ref().map(AsFd::as_fd));
                     let _ = self.channel.send(&ToBroker::Proceed { cgroup_namespace }, &descriptors);
                 }
-                Some((ToLeader::Ready { init, workdir }, mut descriptors)) => {
+                Some((ToLeader::Ready { init, workdir, entrypoint }, descriptors)) => {
+                    let mut descriptors = descriptors.into_iter();
                     let block = descriptors
-                        .pop()
+                        .next()
                         .ok_or("couldn't read container environment")
                         .map(|file| memfile::read_all(File::from(file), MAX_MEMORY_FILE))?
                         .map_err(|error| format!("couldn't read container environment: {}", sys::reason(error)))?;
                     let mut container =
                         Container::new(init, workdir, cgroup_namespace, Environment::from_block(&block));
                     container.entered = entered;
-                    return Ok(Outcome::Ready(container));
+                    let Some(entrypoint) = entrypoint else { return Ok(Outcome::Ready(container)) };
+                    let report = descriptors.next().ok_or("couldn't run the entrypoint: no pipe")?;
+                    let broker = (self.broker, self.channel.as_fd());
+                    return Ok(match entrypoint::run(&entrypoint, &container, report, broker, say) {
+                        Ok(prepared) => Outcome::Ready(container.prepared(prepared)),
+                        Err(()) => Outcome::Failed,
+                    });
                 }
                 Some((ToLeader::Failed, _)) => return Ok(Outcome::Failed),
                 None => return Err("container start was interrupted".into()),

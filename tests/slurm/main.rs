@@ -7,6 +7,7 @@
 
 mod bad_input;
 mod command;
+mod entrypoint;
 mod environment;
 mod identity;
 mod images;
@@ -41,7 +42,7 @@ fn main() -> ExitCode {
     // They share nodes, and look at what is left there.
     arguments.test_threads = Some(1);
     let shared = Shared::default();
-    let modules: [(&str, &[Case]); 12] = [
+    let modules: [(&str, &[Case]); 13] = [
         ("session", session::CASES),
         ("options", options::CASES),
         ("environment", environment::CASES),
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         ("bad_input", bad_input::CASES),
         ("command", command::CASES),
         ("unshare", unshare::CASES),
+        ("entrypoint", entrypoint::CASES),
         ("lifecycle", lifecycle::CASES),
     ];
     let trials = modules
