@@ -17,6 +17,7 @@ mod mounts;
 mod options;
 mod registries;
 mod session;
+mod sources;
 mod unshare;
 mod world;
 
@@ -42,7 +43,7 @@ fn main() -> ExitCode {
     // They share nodes, and look at what is left there.
     arguments.test_threads = Some(1);
     let shared = Shared::default();
-    let modules: [(&str, &[Case]); 13] = [
+    let modules: [(&str, &[Case]); 14] = [
         ("session", session::CASES),
         ("options", options::CASES),
         ("environment", environment::CASES),
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         ("mounts", mounts::CASES),
         ("images", images::CASES),
         ("registries", registries::CASES),
+        ("sources", sources::CASES),
         ("jobs", jobs::CASES),
         ("bad_input", bad_input::CASES),
         ("command", command::CASES),
