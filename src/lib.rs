@@ -12,6 +12,7 @@
 pub mod broker;
 pub mod cli;
 pub mod config;
+pub mod devices;
 pub mod enroot;
 pub mod erofs;
 pub mod image;
@@ -25,7 +26,6 @@ pub mod plugin;
 pub mod registry;
 pub mod request;
 pub mod rootfs;
-pub mod source;
 pub mod squashfs;
 pub mod store;
 pub mod sys;

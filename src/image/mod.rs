@@ -4,8 +4,6 @@
 
 pub mod config;
 pub mod digest;
-pub mod docker_archive;
-pub mod local;
 pub mod manifest;
 pub mod platform;
 pub mod reference;

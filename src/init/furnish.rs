@@ -8,6 +8,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use super::plan::{self, Plan};
+use super::pmix;
 use super::site::Site;
 use super::{InitError, Start, step};
 use crate::enroot::mounts;
@@ -22,6 +23,7 @@ use crate::rootfs::identity::{HostUser, Login};
 use crate::rootfs::{adapt, identity, overlay};
 use crate::sys;
 use crate::sys::mount::{attach, clone_tree};
+use crate::task::UserMessage;
 
 /// A container's root filesystem while it is being furnished.
 #[derive(Debug)]
@@ -33,6 +35,8 @@ pub struct Furnisher<'a> {
     plan: Plan,
     root: OwnedFd,
     fstab: Fstab,
+    /// Of the container, unless the image has them.
+    variables: Vec<(&'static str, Vec<u8>)>,
     /// For the node's log.
     log: Vec<String>,
 }
@@ -59,7 +63,7 @@ impl<'a> Furnisher<'a> {
         let mut fstab =
             mounts::read(start.sysconf, &site.user_directory, &|name| text(&variables, name)).map_err(other)?;
         log.append(&mut fstab.warnings);
-        Ok(Self { start, site, image, host, plan, root, fstab, log })
+        Ok(Self { start, site, image, host, plan, root, fstab, variables: Vec::new(), log })
     }
 
     fn root(&self) -> RootDir<'_> {
@@ -87,8 +91,10 @@ impl<'a> Furnisher<'a> {
         Ok(login)
     }
 
-    /// What comes after the hooks: the remaining mounts, the image's, the site's and the user's.
-    pub fn with_the_task(&mut self, _task: &Environment) -> Result<(), InitError> {
+    /// What needs the task's environment, and what comes after it: the remaining mounts, the image's, the site's and the
+    /// user's.
+    pub fn with_the_task(&mut self, task: &Environment, say: &mut dyn FnMut(UserMessage)) -> Result<(), InitError> {
+        self.variables = pmix::share(self.start, self.root(), task, say);
         for volume in self.plan.volumes() {
             keep_writable(self.root(), volume).map_err(|errno| {
                 other(format!("cannot mount the image's volume {}: {}", volume.display(), sys::reason(errno)))
@@ -122,7 +128,11 @@ impl<'a> Furnisher<'a> {
 
     /// The container's environment, its root, and what is to be logged.
     pub fn finish(self, login: &Login) -> (Environment, OwnedFd, Vec<String>) {
-        (self.plan.environment(self.image, login), self.root, self.log)
+        let mut environment = self.plan.environment(self.image, login);
+        for (name, value) in self.variables {
+            environment.set_default(name, value);
+        }
+        (environment, self.root, self.log)
     }
 }
 

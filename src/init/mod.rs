@@ -8,6 +8,7 @@
 mod entrypoint;
 mod furnish;
 mod plan;
+mod pmix;
 pub mod protocol;
 mod site;
 
@@ -182,7 +183,10 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     let login = furnisher.before_the_task()?;
     // From here on with the task's environment, and the task is in its cgroups.
     let proceed = receive_proceed(channel)?;
-    furnisher.with_the_task(&proceed.environment)?;
+    // Who cannot be told has ended, and so will this process.
+    furnisher.with_the_task(&proceed.environment, &mut |message| {
+        let _ = channel.send(&FromInit::Say(message), &[]);
+    })?;
     let (mut environment, root, log) = furnisher.finish(&login);
     for line in log {
         let line = UserMessage::Log(format!("pyxis: {line}"));

@@ -2,5 +2,4 @@
 
 #![forbid(unsafe_code)]
 
-pub mod reader;
 pub mod writer;

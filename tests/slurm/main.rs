@@ -14,10 +14,10 @@ mod images;
 mod jobs;
 mod lifecycle;
 mod mounts;
+mod mpi;
 mod options;
 mod registries;
 mod session;
-mod sources;
 mod unshare;
 mod world;
 
@@ -43,7 +43,7 @@ fn main() -> ExitCode {
     // They share nodes, and look at what is left there.
     arguments.test_threads = Some(1);
     let shared = Shared::default();
-    let modules: [(&str, &[Case]); 14] = [
+    let modules: &[(&str, &[Case])] = &[
         ("session", session::CASES),
         ("options", options::CASES),
         ("environment", environment::CASES),
@@ -51,8 +51,8 @@ fn main() -> ExitCode {
         ("mounts", mounts::CASES),
         ("images", images::CASES),
         ("registries", registries::CASES),
-        ("sources", sources::CASES),
         ("jobs", jobs::CASES),
+        ("mpi", mpi::CASES),
         ("bad_input", bad_input::CASES),
         ("command", command::CASES),
         ("unshare", unshare::CASES),
@@ -60,8 +60,8 @@ fn main() -> ExitCode {
         ("lifecycle", lifecycle::CASES),
     ];
     let trials = modules
-        .into_iter()
-        .flat_map(|(module, cases)| cases.iter().map(move |&(name, case)| (format!("{module}::{name}"), case)))
+        .iter()
+        .flat_map(|&(module, cases)| cases.iter().map(move |&(name, case)| (format!("{module}::{name}"), case)))
         .map(|(name, case)| {
             let shared = Arc::clone(&shared);
             Trial::test(name, move || run(&shared, case))

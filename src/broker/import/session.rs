@@ -24,9 +24,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags};
 
 use super::process::{Importer, describe_end};
-use super::{ImportError, ImportEvent, ImportSettings, one_line};
+use super::{AcquireRequest, ImportError, ImportEvent, ImportSettings, one_line};
 use crate::image::digest::Digest;
-use crate::image::reference::ImageReference;
 use crate::importer::protocol::{Command, LayerDescriptor, Report};
 use crate::store::{FetchLock, Goal, LeasedLayer, NewLayer, PinnedMounts, Store, StoreError, count, size};
 use crate::sys::memfile;
@@ -59,10 +58,7 @@ pub(super) struct Resolved {
 pub(super) struct Session<'a, 'e> {
     pub store: &'a Store,
     pub settings: &'a ImportSettings,
-    /// The image's registry; `None` if it is on this machine.
-    pub registry: Option<&'a ImageReference>,
-    /// What the user calls the image.
-    pub shown: String,
+    pub request: AcquireRequest<'a>,
     pub pinned: &'a dyn PinnedMounts,
     pub cancel: &'a [BorrowedFd<'a>],
     pub events: &'e mut dyn FnMut(ImportEvent),
@@ -105,22 +101,23 @@ impl<'a, 'e> Session<'a, 'e> {
     pub fn new(
         store: &'a Store,
         settings: &'a ImportSettings,
-        (registry, shown): (Option<&'a ImageReference>, String),
+        request: AcquireRequest<'a>,
         pinned: &'a dyn PinnedMounts,
         cancel: &'a [BorrowedFd<'a>],
         events: &'e mut dyn FnMut(ImportEvent),
         importer: Importer,
     ) -> Self {
-        let shown = one_line(&shown, 300);
-        Self { store, settings, registry, shown, pinned, cancel, events, importer, active: Instant::now() }
+        Self { store, settings, request, pinned, cancel, events, importer, active: Instant::now() }
     }
 
-    /// Has the importer find the image by its first command.
-    pub fn resolve(&mut self, command: &Command) -> Result<Resolved, ImportError> {
-        let descriptors = std::mem::take(&mut self.importer.descriptors);
-        let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
-        let sent = self.importer.channel.send(command, &borrowed);
-        drop(descriptors);
+    /// Has the importer find the image.
+    pub fn resolve(&mut self) -> Result<Resolved, ImportError> {
+        let command = Command::Resolve {
+            reference: self.request.reference.clone(),
+            registries: self.settings.registries.clone(),
+            limits: self.settings.limits,
+        };
+        let sent = self.importer.channel.send(&command, &[self.importer.credentials.as_fd()]);
         self.sent(sent)?;
         loop {
             match self.next_report(None)? {
@@ -181,10 +178,6 @@ impl<'a, 'e> Session<'a, 'e> {
     /// What the store has of a layer.
     fn look_up(&self, descriptor: &LayerDescriptor, origin: &str) -> Result<State<'a>, ImportError> {
         let Some(lease) = self.store.lease(&descriptor.diff_id)? else { return Ok(State::Missing) };
-        if self.registry.is_none() {
-            // Nobody vouches for the bytes of a file but the bytes.
-            return Ok(State::Present { lease, known: false });
-        }
         let record = self.store.blob(&descriptor.blob)?.filter(|record| record.diff_id == descriptor.diff_id);
         let known = record.is_some_and(|record| record.origins.iter().any(|known| host(known) == host(origin)));
         Ok(State::Present { lease, known })
@@ -202,25 +195,17 @@ impl<'a, 'e> Session<'a, 'e> {
             missing += 1;
             bytes = bytes.saturating_add(layer.descriptor.size);
             if own {
-                own_bytes = own_bytes.saturating_add(self.space(&layer.descriptor));
+                own_bytes = own_bytes.saturating_add(layer.descriptor.size);
             }
         }
         (self.events)(ImportEvent::Resolved { layers: count, missing, bytes });
         self.ensure_space(own_bytes)
     }
 
-    /// About how much space a layer takes.
-    fn space(&self, descriptor: &LayerDescriptor) -> u64 {
-        if descriptor.blob == descriptor.diff_id {
-            // Not compressed.
-            return descriptor.size;
-        }
+    /// Makes sure that there is space for what `blob_bytes` of blobs become.
+    fn ensure_space(&mut self, blob_bytes: u64) -> Result<(), ImportError> {
         // Saturates at the bounds of u64.
-        (descriptor.size as f64 * self.settings.space_factor) as u64
-    }
-
-    /// Makes sure that `needed` bytes are available to new layers.
-    fn ensure_space(&mut self, needed: u64) -> Result<(), ImportError> {
+        let needed = (blob_bytes as f64 * self.settings.space_factor) as u64;
         let deadline = Instant::now() + COLLECTION_TIMEOUT;
         loop {
             if self.store.available()? >= needed {
@@ -312,7 +297,7 @@ impl<'a, 'e> Session<'a, 'e> {
             *state = self.look_up(descriptor, origin)?;
             if matches!(state, State::Missing) {
                 if waited {
-                    self.ensure_space(self.space(descriptor))?;
+                    self.ensure_space(descriptor.size)?;
                 }
                 let new = self.store.new_layer()?;
                 self.fetch(index, &new)?;
@@ -328,7 +313,7 @@ impl<'a, 'e> Session<'a, 'e> {
             }
             State::Present { lease, known: false } => {
                 if waited {
-                    self.ensure_space(self.space(descriptor))?;
+                    self.ensure_space(descriptor.size)?;
                 }
                 self.prove(index, lease)?
             }
@@ -382,33 +367,27 @@ impl<'a, 'e> Session<'a, 'e> {
         *state = match (report, std::mem::replace(state, State::Missing)) {
             (Report::Confirmed { allowed: true, .. }, State::Confirming(lease)) => State::Ready(lease),
             (Report::Confirmed { .. }, State::Confirming(lease)) => {
-                self.ensure_space(self.space(descriptor))?;
+                self.ensure_space(descriptor.size)?;
                 self.prove(index, lease)?
             }
             (Report::Fetched { image, .. }, State::Fetching { lock, new, .. }) => {
                 let sealed = new.seal(&descriptor.diff_id, image)?;
                 // Before the layer has its name: who sees the layer finds the record.
-                self.note_blob(descriptor, origin)?;
+                self.store.note_blob(descriptor, origin)?;
                 let lease = sealed.publish()?;
                 drop(lock);
                 State::Ready(lease)
             }
             (Report::Fetched { image, .. }, State::Proving { stored, new, .. }) => {
                 if !new.seal(&descriptor.diff_id, image)?.proves(&stored)? {
-                    let origin = if origin.is_empty() { self.image() } else { origin.to_owned() };
-                    return Err(ImportError::Mismatch { layer: descriptor.diff_id, origin });
+                    return Err(ImportError::Mismatch { layer: descriptor.diff_id, origin: origin.to_owned() });
                 }
-                self.note_blob(descriptor, origin)?;
+                self.store.note_blob(descriptor, origin)?;
                 State::Ready(stored)
             }
             (_, state) => state,
         };
         Ok(())
-    }
-
-    /// Notes what a registry has delivered. What a user has in a file says nothing about any registry.
-    fn note_blob(&self, descriptor: &LayerDescriptor, origin: &str) -> Result<(), StoreError> {
-        if self.registry.is_some() { self.store.note_blob(descriptor, origin) } else { Ok(()) }
     }
 
     /// The next report, or `None` after `timeout`. Notices everything that ends an import.
@@ -497,8 +476,7 @@ impl<'a, 'e> Session<'a, 'e> {
 
     /// An importer that speaks for one registry must not vouch for layers of another.
     fn check_origin(&self, origin: &str) -> Result<(), ImportError> {
-        let Some(reference) = self.registry else { return Ok(()) };
-        let registries = &self.settings.registries;
+        let (registries, reference) = (&self.settings.registries, self.request.reference);
         let mut endpoints = registries.mirrors(reference);
         endpoints.push(registries.upstream(reference));
         if endpoints.iter().any(|endpoint| endpoint.origin() == origin) {
@@ -554,7 +532,7 @@ impl<'a, 'e> Session<'a, 'e> {
     }
 
     fn image(&self) -> String {
-        self.shown.clone()
+        one_line(&self.request.reference.to_string(), 300)
     }
 }
 

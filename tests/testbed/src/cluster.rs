@@ -207,6 +207,7 @@ CredType=cred/munge
 AuthInfo=socket={munge}
 StateSaveLocation={state}
 SlurmdSpoolDir={directory}/%n/spool
+TmpFS={directory}/%n/tmp
 SlurmctldPidFile={directory}/slurmctld.pid
 SlurmdPidFile={directory}/%n/slurmd.pid
 SlurmctldLogFile={log}/slurmctld.log

@@ -77,8 +77,7 @@ pub fn debian() -> Result<String> {
         let mut command = Command::new("mmdebstrap");
         command.args(["--variant=minbase", "--quiet", "--dpkgopt=path-exclude=/usr/share/doc/*"]);
         command.args(["--dpkgopt=path-exclude=/usr/share/locale/*", "bookworm"]).arg(&tar);
-        let sources = ["/etc/apt/sources.list.d/debian.sources", "/etc/apt/sources.list"].map(Path::new);
-        command.args(sources.into_iter().find(|path| path.exists()));
+        command.args(package_sources());
         process::run(&mut command, std::time::Duration::from_secs(600))?.success()?;
         let image = ImageBuilder::new(layout)?
             .config("Env", json!([IMAGE_PATH]))
@@ -87,6 +86,12 @@ pub fn debian() -> Result<String> {
         fs::remove_file(tar)?;
         image.finish("latest")
     })
+}
+
+/// The machine's own package sources, for mmdebstrap.
+pub(crate) fn package_sources() -> Option<&'static Path> {
+    let sources = ["/etc/apt/sources.list.d/debian.sources", "/etc/apt/sources.list"].map(Path::new);
+    sources.into_iter().find(|path| path.exists())
 }
 
 /// An image of four layers, together `bytes` unpacked, that compresses about as well as programs do: large libraries
@@ -228,7 +233,7 @@ fn feature_crowd(tree: &Path, entries: usize) -> Result<()> {
 }
 
 /// Makes an image with `make` in a directory of the cache, unless it is there.
-fn cached(name: &str, make: impl FnOnce(&Path) -> Result<String>) -> Result<String> {
+pub(crate) fn cached(name: &str, make: impl FnOnce(&Path) -> Result<String>) -> Result<String> {
     let layout = PathBuf::from(CACHE).join(name);
     if !layout.exists() {
         let unfinished = layout.with_extension(format!("{}.tmp", std::process::id()));

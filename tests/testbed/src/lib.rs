@@ -22,10 +22,10 @@
 
 pub mod clean;
 pub mod cluster;
-pub mod docker;
 pub mod image;
 pub mod images;
 pub mod install;
+pub mod mpi;
 pub mod node;
 pub mod prerequisites;
 pub mod process;

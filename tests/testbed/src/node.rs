@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -60,6 +61,8 @@ impl Node {
             .args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "slave", "--"])
             .args(["sh", "-c", INIT, name]);
         site.make_directory(&format!("{name}/spool"))?;
+        let scratch = site.make_directory(&format!("{name}/tmp"))?;
+        fs::set_permissions(scratch, fs::Permissions::from_mode(0o1777))?;
         for target in PRIVATE_DIRECTORIES {
             fs::create_dir_all(target).with_context(|| target.to_owned())?;
             command.arg(site.make_directory(&format!("{name}/{}", file_name(target)))?).arg(target);

@@ -1,0 +1,3 @@
+//! What a container needs of the host's devices and services, worked out as data and applied by container init.
+
+pub mod pmix;
