@@ -26,6 +26,7 @@ pub mod plugin;
 pub mod registry;
 pub mod request;
 pub mod rootfs;
+pub mod source;
 pub mod squashfs;
 pub mod store;
 pub mod sys;

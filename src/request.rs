@@ -92,8 +92,67 @@ pub enum ImageSource {
         /// Parsed.
         reference: ImageReference,
     },
-    /// A path that begins with `.` or `/`: a squashfs file of the user's.
+    /// A path that begins with `.` or `/`: a squashfs file, an OCI layout or an image archive of the user's. Which one is
+    /// seen where it is opened.
     File(PathBuf),
+    /// An image that the text itself says is on this machine: `oci:PATH`, `dockerd://NAME` and their like.
+    Local {
+        /// As the user typed it, for messages.
+        typed: String,
+        /// Parsed.
+        image: LocalImage,
+    },
+}
+
+/// An image that is on this machine already, and that only its user may open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LocalImage {
+    /// A file or directory.
+    Path {
+        /// Relative to the working directory of the step.
+        path: PathBuf,
+        /// What it has to be; `None` if whatever it is will do.
+        form: Option<LocalForm>,
+        /// Which of its images: a tag, a name, or `@` and a number from 0.
+        name: Option<String>,
+    },
+    /// An image in a container engine's own storage.
+    Engine {
+        /// Whose.
+        engine: Engine,
+        /// Its name there, with a tag or without.
+        name: String,
+    },
+}
+
+/// The forms of images in files that have a name of their own (containers-transports(5)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LocalForm {
+    /// `oci:`: a directory, as the image specification lays it out.
+    Layout,
+    /// `oci-archive:`: a tar archive of such a directory.
+    OciArchive,
+    /// `docker-archive:`: what `docker save` writes.
+    DockerArchive,
+}
+
+/// A container engine, by its command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Engine {
+    /// `docker`, which asks a daemon.
+    Docker,
+    /// `podman`, which reads the user's storage.
+    Podman,
+}
+
+impl Engine {
+    /// Its command.
+    pub fn command(self) -> &'static str {
+        match self {
+            Self::Docker => "docker",
+            Self::Podman => "podman",
+        }
+    }
 }
 
 /// `--container-name`: `NAME[:FLAG]`.

@@ -7,6 +7,7 @@
 //!
 //! The sequence, with the reason for each step, is that of `start`.
 
+mod image;
 pub mod import;
 mod trace;
 
@@ -26,16 +27,14 @@ use crate::config::Config;
 use crate::init::protocol::{FromInit, ToInit};
 use crate::init::{self, Start};
 use crate::namespaces;
-use crate::request::{Environment, ImageSource, PROTOCOL_VERSION, StepRequest};
+use crate::request::{Environment, PROTOCOL_VERSION, StepRequest};
 use crate::rootfs::layers::LayerMounts;
-use crate::rootfs::{cgroups, overlay};
-use crate::store::Store;
+use crate::rootfs::overlay;
 use crate::sys::channel::{self, Channel};
+use crate::sys::memfile;
 use crate::sys::process::{Forked, close_from, die_with_parent, fork, set_capabilities};
-use crate::sys::{self, memfile};
 use crate::task::UserMessage;
 use crate::task::protocol::{MAX_MEMORY_FILE, ToBroker, ToLeader, descriptors};
-use import::{AcquireRequest, AcquiredImage, ImportEvent};
 
 /// What the broker needs of root's privileges: mounting and entering namespaces; making the scratch layer the user's;
 /// becoming the user and the importer, and mapping their ids (SETFCAP: root's own); writing to a store that root owns; ending what it started.
@@ -62,6 +61,14 @@ enum BrokerError {
         /// Why.
         reason: String,
     },
+    /// An image on this machine could not be had.
+    #[error("failed to create container filesystem for image: {image}")]
+    Create {
+        /// As the user typed it.
+        image: String,
+        /// Why.
+        reason: String,
+    },
     /// Root's part of the start.
     #[error("cannot start container: {0}")]
     Start(String),
@@ -76,7 +83,7 @@ enum BrokerError {
 impl BrokerError {
     fn messages(self) -> Vec<UserMessage> {
         match self {
-            Self::Import { ref reason, .. } => vec![
+            Self::Import { ref reason, .. } | Self::Create { ref reason, .. } => vec![
                 UserMessage::error(&self),
                 UserMessage::error("printing enroot log file:"),
                 UserMessage::error(format!("    [ERROR] {reason}")),
@@ -165,7 +172,7 @@ fn start(
     if !mounts.is_shared() {
         tracing::warn!("every container mounts its layers anew: the kernel lets none be pinned");
     }
-    let image = acquire(&mut leader, &life, &config, &request, &environment, &mounts)?;
+    let image = image::acquire(&mut leader, &life, &config, &request, &environment, &mounts)?;
     tracing::debug!(manifest = %image.manifest, layers = image.layers.len(), after = ?began.elapsed(), "have the image");
 
     // Init gets ready while the broker mounts.
@@ -253,57 +260,6 @@ impl Leader<'_> {
         }
         Ok(())
     }
-}
-
-fn acquire(
-    leader: &mut Leader<'_>,
-    life: &OwnedFd,
-    config: &Config,
-    request: &StepRequest,
-    environment: &Environment,
-    mounts: &LayerMounts,
-) -> Result<AcquiredImage, BrokerError> {
-    let Some(ImageSource::Registry { typed, reference }) = &request.image else {
-        return Err(BrokerError::Start("not available yet".into()));
-    };
-    // Scripts count these lines: one pair a step and node, and the first only where a single task will show it.
-    let single_task = request.step.as_ref().is_some_and(|step| step.total_tasks <= 1);
-    if single_task {
-        leader.say(UserMessage::Notice(format!("pyxis: importing docker image: {typed}")));
-    }
-    let store = Store::open(&config.store.path).map_err(failed("image store"))?;
-    let settings = config.import_settings();
-    let wanted = AcquireRequest { user: &request.user, reference, environment };
-    let cancel: [BorrowedFd<'_>; 2] = [leader.channel.as_fd(), life.as_fd()];
-    let mut gone = false;
-    let image = import::acquire(&store, &settings, wanted, mounts, &cancel, &mut |event| match event {
-        ImportEvent::NetworkStart => {
-            if request.step.is_none() {
-                leader.say(UserMessage::Notice(format!("pyxis: importing docker image: {typed}")));
-            }
-            // What an import uses is the job's: it starts when the task is in its cgroups.
-            gone |= leader.wait_until_arrived().is_err();
-        }
-        ImportEvent::Process { pid } => {
-            if let Err(error) = cgroups::join(pid, leader.pid) {
-                tracing::warn!("importer {pid} stays outside the job's cgroup: {}", sys::reason(error));
-            }
-        }
-        ImportEvent::Warning(text) => leader.say(UserMessage::Notice(format!("pyxis: {text}"))),
-        ImportEvent::Log(text) => tracing::info!("{text}"),
-        ImportEvent::Resolved { .. } | ImportEvent::Progress { .. } => {}
-    })
-    .map_err(|error| match error {
-        import::ImportError::Cancelled { .. } => BrokerError::Cancelled,
-        other => BrokerError::Import { image: typed.clone(), reason: other.to_string() },
-    })?;
-    if gone {
-        return Err(BrokerError::Cancelled);
-    }
-    if request.step.is_some() || image.from_network {
-        leader.say(UserMessage::Notice(format!("pyxis: imported docker image: {typed}")));
-    }
-    Ok(image)
 }
 
 /// Carries messages between leader and init until the container is ready; ends with the leader, the step or init.

@@ -21,6 +21,8 @@ pub const BROKER: &str = "pyxis-broker";
 pub const IMPORTER: &str = "pyxis-importer";
 /// `argv[0]` of the process that reads the user's credentials; see [`crate::registry::credentials`].
 pub const CREDENTIALS: &str = "pyxis-credentials";
+/// `argv[0]` of the process that opens the user's own images; see [`crate::source`].
+pub const SOURCE: &str = "pyxis-source";
 
 /// Containers in Slurm steps, and on this machine.
 #[derive(Debug, Parser)]
@@ -51,6 +53,7 @@ pub fn main() -> ExitCode {
         Some(role) if role == BROKER.as_bytes() => crate::broker::main(arguments.next().map(PathBuf::from)),
         Some(role) if role == IMPORTER.as_bytes() => crate::broker::import::importer_role(arguments),
         Some(role) if role == CREDENTIALS.as_bytes() => crate::broker::import::credentials_role(arguments),
+        Some(role) if role == SOURCE.as_bytes() => crate::broker::import::source_role(arguments),
         _ => typed(),
     }
 }

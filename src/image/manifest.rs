@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use crate::image::digest::Digest;
 use crate::image::platform::Platform;
+use crate::image::reference::ImageReference;
 
 /// Most bytes of an index or manifest (distribution-spec 1.1 asks for at least 4 MiB).
 pub const MAX_MANIFEST_BYTES: u64 = 4 * 1024 * 1024;
@@ -97,6 +98,17 @@ pub enum ManifestError {
         /// Its media type.
         media_type: String,
     },
+    /// The index of a layout has nothing with this name.
+    #[error("no image called \"{name}\": there is {offered}")]
+    NoName {
+        /// What was asked for.
+        name: String,
+        /// What the index has.
+        offered: String,
+    },
+    /// The index of a layout has several images.
+    #[error("there are several images ({0}): say which one, as in oci:PATH:NAME")]
+    Ambiguous(String),
     /// The index has nothing for this machine.
     #[error("no image for {host}: there is one for {offered}")]
     NoPlatform {
@@ -127,6 +139,17 @@ struct RawDescriptor {
     digest: String,
     size: u64,
     platform: Option<Platform>,
+    #[serde(default)]
+    annotations: Option<Names>,
+}
+
+/// How an image is called in the index of an OCI layout (annotations.md; containerd's convention, which docker follows).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+struct Names {
+    #[serde(rename = "org.opencontainers.image.ref.name")]
+    tag: Option<String>,
+    #[serde(rename = "io.containerd.image.name")]
+    full: Option<String>,
 }
 
 impl TryFrom<RawDescriptor> for Descriptor {
@@ -195,6 +218,42 @@ impl Manifest {
 }
 
 impl Index {
+    /// Of the index of an OCI layout the images called `name`: a tag, a full name, or `@` and a number; all of them, for
+    /// several platforms, without a name.
+    pub fn named(self, name: Option<&str>) -> Result<Self, ManifestError> {
+        let offered = self.names();
+        let entries: Vec<RawDescriptor> = match name {
+            None if offered.len() > 1 => return Err(ManifestError::Ambiguous(offered.join(", "))),
+            None => self.entries,
+            Some(name) => {
+                let number = name.strip_prefix('@').and_then(|number| number.parse::<usize>().ok());
+                let is_it = |(at, entry): &(usize, RawDescriptor)| match number {
+                    Some(number) => number == *at,
+                    None => entry.is_called(name),
+                };
+                self.entries.into_iter().enumerate().filter(is_it).map(|(_, entry)| entry).collect()
+            }
+        };
+        if entries.is_empty() {
+            let offered = if offered.is_empty() { "none with a name".to_owned() } else { offered.join(", ") };
+            return Err(ManifestError::NoName { name: shown(name.unwrap_or_default()), offered });
+        }
+        Ok(Self { entries })
+    }
+
+    /// What its images are called: a dozen at most.
+    fn names(&self) -> Vec<String> {
+        let mut names = Vec::new();
+        for entry in self.entries.iter().filter(|entry| is_image_document(&entry.media_type)) {
+            let known = entry.annotations.as_ref().and_then(|names| names.full.as_ref().or(names.tag.as_ref()));
+            let name = known.map(|name| shown(name));
+            if let Some(name) = name.filter(|name| !names.contains(name) && names.len() < 12) {
+                names.push(name);
+            }
+        }
+        names
+    }
+
     /// The manifest, or the nested index, for `host`: of those that run there the one for the highest variant, and the
     /// first of equals.
     pub fn choose(&self, host: &Platform) -> Result<Descriptor, ManifestError> {
@@ -227,6 +286,22 @@ impl Index {
     }
 }
 
+impl RawDescriptor {
+    fn is_called(&self, name: &str) -> bool {
+        let Some(names) = &self.annotations else { return false };
+        names.tag.as_deref() == Some(name) || names.full.as_deref().is_some_and(|full| same_image(full, name))
+    }
+}
+
+/// Whether two names mean one image: `busybox` and `docker.io/library/busybox:latest` do.
+pub(super) fn same_image(one: &str, other: &str) -> bool {
+    one == other
+        || match (ImageReference::parse(one), ImageReference::parse(other)) {
+            (Ok(one), Ok(other)) => one == other,
+            _ => false,
+        }
+}
+
 fn is_image_document(media_type: &str) -> bool {
     matches!(media_type, "" | OCI_INDEX | DOCKER_LIST | OCI_MANIFEST | DOCKER_MANIFEST)
 }
@@ -241,7 +316,7 @@ fn is_layer(media_type: &str) -> bool {
 }
 
 /// A text from the document, for a message of one line.
-fn shown(text: &str) -> String {
+pub(super) fn shown(text: &str) -> String {
     text.chars().take(100).flat_map(char::escape_debug).collect()
 }
 
@@ -390,6 +465,41 @@ mod tests {
         };
         assert_eq!(parse(vec![entry.clone()]).unwrap().size, 1);
         assert!(parse(vec![entry.clone(), entry]).is_err());
+    }
+
+    #[test]
+    fn the_images_of_a_layout_have_names() {
+        let entry = |digit, name: Value| {
+            let media_type = OCI_MANIFEST;
+            json!({"mediaType": media_type, "digest": digest(digit), "size": 1, "annotations": name})
+        };
+        let tag = |tag: &str| json!({"org.opencontainers.image.ref.name": tag});
+        let docker = json!({
+            "org.opencontainers.image.ref.name": "2",
+            "io.containerd.image.name": "docker.io/library/busybox:2"
+        });
+        let index = |entries: &[Value]| match parse(&json!({"schemaVersion": 2, "manifests": entries})).unwrap() {
+            Document::Index(index) => index,
+            Document::Manifest(_) => panic!(),
+        };
+        let entries = [entry('a', tag("1")), entry('b', docker), entry('c', json!(null))];
+        let choose = |name| {
+            let chosen = index(&entries).named(name)?.choose(&Platform::host())?;
+            Ok::<_, ManifestError>(chosen.digest.to_string())
+        };
+        for (name, expected) in [("1", 'a'), ("2", 'b'), ("busybox:2", 'b'), ("@2", 'c'), ("@0", 'a')] {
+            assert_eq!(choose(Some(name)).unwrap(), digest(expected), "{name}");
+        }
+        assert_eq!(
+            choose(None).unwrap_err().to_string(),
+            "there are several images (1, docker.io/library/busybox:2): say which one, as in oci:PATH:NAME"
+        );
+        for name in ["3", "@3", "@x", "busybox"] {
+            let error = choose(Some(name)).unwrap_err().to_string();
+            assert_eq!(error, format!("no image called \"{name}\": there is 1, docker.io/library/busybox:2"));
+        }
+        assert!(index(&entries[2..]).named(None).is_ok() && index(&entries[..1]).named(None).is_ok());
+        assert!(index(&[]).named(None).is_err());
     }
 
     proptest! {

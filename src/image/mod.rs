@@ -4,6 +4,8 @@
 
 pub mod config;
 pub mod digest;
+pub mod docker_archive;
+pub mod local;
 pub mod manifest;
 pub mod platform;
 pub mod reference;

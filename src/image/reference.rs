@@ -40,9 +40,12 @@ pub enum InvalidReference {
     /// More than [`MAX_LENGTH`] bytes.
     #[error("Invalid image reference: docker://{0} (longer than {MAX_LENGTH} bytes)")]
     TooLong(String),
-    /// A scheme that names a local container engine.
-    #[error("{0}:// images are not available yet: push the image to a registry and name it there")]
-    Scheme(String),
+    /// The scheme of a local container engine, with a name that no engine has.
+    #[error("Invalid image reference: {0} (expected a name of letters, digits and / . _ : -)")]
+    EngineName(String),
+    /// The scheme of an image in a file, and no path.
+    #[error("Invalid image reference: {0} (a path is missing)")]
+    NoPath(String),
     /// The grammar matches, but no registry can have such an image.
     #[error("Invalid image reference: docker://{reference} ({reason})")]
     Impossible {
@@ -67,9 +70,6 @@ impl ImageReference {
     /// Nothing is looked up, and a file path is not recognised as such: whoever calls knows that a text beginning with
     /// `.` or `/` is a path.
     pub fn parse(typed: &str) -> Result<Self, InvalidReference> {
-        if let Some(scheme) = ["dockerd", "podman"].into_iter().find(|scheme| has_scheme(typed, scheme)) {
-            return Err(InvalidReference::Scheme(scheme.to_owned()));
-        }
         let text = typed.strip_prefix("docker://").unwrap_or(typed);
         if text.len() > MAX_LENGTH {
             return Err(InvalidReference::TooLong(printable(text)));
@@ -248,10 +248,6 @@ fn user_splits(text: &str) -> impl Iterator<Item = (Option<&str>, &str)> {
         .chain(std::iter::once((None, text)))
 }
 
-fn has_scheme(text: &str, scheme: &str) -> bool {
-    text.strip_prefix(scheme).is_some_and(|rest| rest.starts_with("://"))
-}
-
 fn is_user_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"_.!~*'()%;:&=+$,-@<>?".contains(&byte)
 }
@@ -318,7 +314,7 @@ fn is_tag(tag: &str) -> bool {
 }
 
 /// `text` for a message of one line.
-fn printable(text: &str) -> String {
+pub(super) fn printable(text: &str) -> String {
     let mut shown: String = text.chars().take(200).flat_map(char::escape_debug).collect();
     if text.chars().nth(200).is_some() {
         shown.push('…');
@@ -396,8 +392,6 @@ mod tests {
             assert_eq!(error, format!("Invalid image reference: docker://{typed}"));
             assert_eq!(ImageReference::parse(&format!("docker://{typed}")).unwrap_err().to_string(), error);
         }
-        let error = ImageReference::parse("dockerd://ubuntu").unwrap_err().to_string();
-        assert!(error.starts_with("dockerd:// images are not available yet"), "{error}");
         let garbage = ImageReference::parse(&"é".repeat(1024)).unwrap_err().to_string();
         assert!(garbage.chars().count() < 300, "{garbage}");
         assert!(!ImageReference::parse("x y\n#/z/@").unwrap_err().to_string().contains('\n'));
@@ -421,7 +415,7 @@ mod tests {
             ("ubuntu:a:b", "tag"),
             ("ubuntu:.x", "tag"),
             ("ubuntu@sha256:abcd", "64 lower-case"),
-            ("podman://ubuntu", "not available"),
+            ("podman://ubuntu", "host"),
             ("docker://podman://ubuntu", "host"),
             ("x:y:z/a", "host"),
             ("a?b.c/d", "host"),

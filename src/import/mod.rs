@@ -8,7 +8,7 @@
 mod error;
 mod layer;
 mod path;
-mod tar;
+pub(crate) mod tar;
 
 pub use error::LayerError;
 pub use layer::{LayerLimits, LayerSummary, write_layer};

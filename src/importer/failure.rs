@@ -79,7 +79,7 @@ impl From<ImportError> for Failure {
                 Ok(error) => error.into(),
                 Err(error) => Self { kind: FailureKind::Unavailable, message: crate::sys::reason(error) },
             },
-            ImportError::Layer(LayerError::Write(error)) => Self::local(write_failure(&error)),
+            ImportError::Layer(LayerError::Write(error)) => Self::write(&error, "the layer image"),
             ImportError::Layer(LayerError::TooLarge) => {
                 Self::bad("it unpacks to more bytes than import.max_layer_bytes in pyxis.toml allows")
             }
@@ -93,12 +93,18 @@ impl From<ImportError> for Failure {
 }
 
 impl Failure {
-    fn bad(message: &str) -> Self {
+    /// The image is no good.
+    pub fn bad(message: &str) -> Self {
         Self { kind: FailureKind::BadImage, message: message.to_owned() }
+    }
+
+    /// `what` cannot be written to the store.
+    pub fn write(error: &io::Error, what: &str) -> Self {
+        Self::local(write_failure(error, what))
     }
 }
 
-fn write_failure(error: &io::Error) -> String {
+fn write_failure(error: &io::Error, what: &str) -> String {
     let advice = match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             ": make room in the layer store (pyxis gc), or give it a larger file system"
@@ -108,7 +114,7 @@ fn write_failure(error: &io::Error) -> String {
     let reason = error
         .raw_os_error()
         .map_or_else(|| error.to_string(), |code| crate::sys::reason(io::Error::from_raw_os_error(code)));
-    format!("cannot write the layer image: {reason}{advice}")
+    format!("cannot write {what}: {reason}{advice}")
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ mod confine;
 mod failure;
 pub mod inflate;
 pub mod layer;
+mod local;
 pub mod pipe;
 pub mod protocol;
 
@@ -24,12 +25,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use failure::Failure;
+use local::LocalImage;
 use protocol::{Command, ImportLimits, LayerDescriptor, Report};
 
-use crate::config::RegistryConfig;
 use crate::image::manifest::Descriptor;
 use crate::image::platform::Platform;
-use crate::image::reference::ImageReference;
 use crate::import::LayerLimits;
 use crate::registry::client::Client;
 use crate::registry::credentials::CredentialSet;
@@ -72,10 +72,10 @@ pub fn serve(channel: BrokerChannel) -> ExitCode {
             }
         };
         let job = match (command, &jobs) {
-            (Command::Resolve { reference, registries, limits }, None) => {
+            (command @ (Command::Resolve { .. } | Command::Open { .. }), None) => {
                 let (sender, receiver) = channel_of_jobs();
                 jobs = Some(sender);
-                let start = Start { reference, registries, limits, credentials: descriptors.into_iter().next() };
+                let start = Start { command, descriptors };
                 let worker_channel = Arc::clone(&channel);
                 let begun = thread::Builder::new()
                     .name("resolve".into())
@@ -107,10 +107,8 @@ pub fn serve(channel: BrokerChannel) -> ExitCode {
 
 /// What to find.
 struct Start {
-    reference: ImageReference,
-    registries: RegistryConfig,
-    limits: ImportLimits,
-    credentials: Option<OwnedFd>,
+    command: Command,
+    descriptors: Vec<OwnedFd>,
 }
 
 /// What to do for one layer.
@@ -129,14 +127,24 @@ fn channel_of_jobs() -> (Sender<Job>, Jobs) {
 
 /// An image that was found.
 struct Image {
-    client: Client,
+    origin: Origin,
     layers: Vec<LayerDescriptor>,
     limits: LayerLimits,
 }
 
+/// Where its layers come from.
+enum Origin {
+    Registry(Box<Client>),
+    Local(LocalImage),
+}
+
 /// Finds the image, then works, with more threads like this one.
 fn begin(start: Start, channel: &Arc<BrokerChannel>, jobs: Jobs) {
-    let threads = worker_count(start.limits.max_connections);
+    let limits = match &start.command {
+        Command::Resolve { limits, .. } | Command::Open { limits, .. } => *limits,
+        Command::Confirm { .. } | Command::Fetch { .. } => return,
+    };
+    let threads = worker_count(limits.max_connections);
     let image = match find(start, channel) {
         Ok(image) => Arc::new(image),
         Err(failure) => return fail(channel, failure),
@@ -157,28 +165,49 @@ fn worker_count(most: usize) -> usize {
 }
 
 fn find(start: Start, channel: &BrokerChannel) -> Result<Image, Failure> {
-    let credentials = match start.credentials {
-        Some(pipe) => read_credentials(pipe)
-            .map_err(|error| Failure::local(format!("cannot read the credentials: {}", crate::sys::reason(error))))?,
-        None => CredentialSet::default(),
+    let mut descriptors = start.descriptors.into_iter();
+    let (image, report, config) = match start.command {
+        Command::Resolve { reference, registries, limits } => {
+            let credentials = match descriptors.next() {
+                Some(pipe) => read_credentials(pipe).map_err(|error| {
+                    Failure::local(format!("cannot read the credentials: {}", crate::sys::reason(error)))
+                })?,
+                None => CredentialSet::default(),
+            };
+            let found = resolve(&reference, &registries, &credentials, &Platform::host())?;
+            let layers: Vec<LayerDescriptor> = std::iter::zip(&found.manifest.layers, &found.config.diff_ids)
+                .map(|(layer, diff_id)| LayerDescriptor { blob: layer.digest, diff_id: *diff_id, size: layer.size })
+                .collect();
+            let report = Report::Resolved {
+                manifest: found.manifest_digest,
+                origin: found.client.endpoint().origin(),
+                layers: layers.clone(),
+                warnings: found.warnings,
+            };
+            (Image::new(Origin::Registry(Box::new(found.client)), layers, &limits), report, found.config_bytes)
+        }
+        Command::Open { form, wanted, name, shown, limits } => {
+            let source = descriptors.next().ok_or_else(|| Failure::local("the broker sent no image"))?;
+            let source = (form, source, descriptors.next());
+            let mut found = local::find(source, wanted, name.as_deref(), &shown, &Platform::host())?;
+            let layers = found.layers.clone();
+            let report = Report::Resolved {
+                manifest: found.manifest_digest,
+                origin: String::new(),
+                layers: layers.clone(),
+                warnings: std::mem::take(&mut found.warnings),
+            };
+            let config = std::mem::take(&mut found.config_bytes);
+            (Image::new(Origin::Local(found), layers, &limits), report, config)
+        }
+        Command::Confirm { .. } | Command::Fetch { .. } => return Err(Failure::local("nothing to find")),
     };
-    let found = resolve(&start.reference, &start.registries, &credentials, &Platform::host())?;
-    let layers: Vec<LayerDescriptor> = std::iter::zip(&found.manifest.layers, &found.config.diff_ids)
-        .map(|(layer, diff_id)| LayerDescriptor { blob: layer.digest, diff_id: *diff_id, size: layer.size })
-        .collect();
-    let config = memfile::sealed("pyxis-image-config", &found.config_bytes)
+    let config = memfile::sealed("pyxis-image-config", &config)
         .map_err(|error| Failure::local(format!("cannot pass the image config on: {}", crate::sys::reason(error))))?;
-    let report = Report::Resolved {
-        manifest: found.manifest_digest,
-        origin: found.client.endpoint().origin(),
-        layers: layers.clone(),
-        warnings: found.warnings,
-    };
     channel
         .send(&report, &[config.as_fd()])
         .map_err(|error| Failure::local(format!("cannot tell the broker: {}", crate::sys::reason(error))))?;
-    let limits = LayerLimits { max_bytes: start.limits.max_layer_bytes, max_entries: start.limits.max_layer_entries };
-    Ok(Image { client: found.client, layers, limits })
+    Ok(image)
 }
 
 /// Reads what the credentials reader writes: it may come late, and nothing at all is an empty set.
@@ -221,6 +250,11 @@ fn fail(channel: &BrokerChannel, failure: Failure) {
 }
 
 impl Image {
+    fn new(origin: Origin, layers: Vec<LayerDescriptor>, limits: &ImportLimits) -> Self {
+        let limits = LayerLimits { max_bytes: limits.max_layer_bytes, max_entries: limits.max_layer_entries };
+        Self { origin, layers, limits }
+    }
+
     fn layer(&self, index: usize) -> Result<&LayerDescriptor, Failure> {
         self.layers
             .get(index)
@@ -230,13 +264,16 @@ impl Image {
 
 fn confirm(image: &Image, layer: usize) -> Result<Report, Failure> {
     let descriptor = image.layer(layer)?;
-    let allowed = image.client.may_have(&descriptor.blob)?;
+    let allowed = match &image.origin {
+        Origin::Registry(client) => client.may_have(&descriptor.blob)?,
+        // Nobody but the bytes can say so.
+        Origin::Local(_) => false,
+    };
     Ok(Report::Confirmed { layer, allowed })
 }
 
 fn fetch(image: &Image, layer: usize, out: &File, channel: &BrokerChannel) -> Result<Report, Failure> {
     let descriptor = image.layer(layer)?;
-    let blob = Descriptor { media_type: String::new(), digest: descriptor.blob, size: descriptor.size };
     let (mut unreported, mut last) = (0, Instant::now());
     let progress = |bytes: u64| {
         unreported += bytes;
@@ -246,7 +283,21 @@ fn fetch(image: &Image, layer: usize, out: &File, channel: &BrokerChannel) -> Re
             last = Instant::now();
         }
     };
-    let summary = layer::import(image.client.blob(&blob), descriptor, out, &image.limits, progress)
-        .map_err(|error| Failure::from(error).about(&format!("layer {}", descriptor.blob)))?;
+    let about = format!("layer {}", descriptor.blob);
+    let summary = match &image.origin {
+        Origin::Registry(client) => {
+            let blob = Descriptor { media_type: String::new(), digest: descriptor.blob, size: descriptor.size };
+            layer::import(client.blob(&blob), descriptor, out, &image.limits, progress)
+        }
+        Origin::Local(local) => {
+            let blob = local.blob(layer).map_err(|failure| failure.about(&about))?;
+            if local.has_blob_digests {
+                layer::import(blob, descriptor, out, &image.limits, progress)
+            } else {
+                layer::import_by_diff_id(blob, &descriptor.diff_id, out, &image.limits, progress)
+            }
+        }
+    };
+    let summary = summary.map_err(|error| Failure::from(error).about(&about))?;
     Ok(Report::Fetched { layer, unpacked: summary.unpacked, image: summary.image })
 }

@@ -3,6 +3,8 @@
 //! ```text
 //! broker → Resolve (+ read end of the credentials pipe)
 //!          importer → Resolved (+ memory file with the image config)      or Failed
+//! broker → Open (+ what the source reader opened)                          instead, for an image on this machine
+//!          importer → Resolved (+ memory file with the image config)      or Failed
 //! broker → Confirm, for a layer that is in the store and came from this registry
 //!          importer → Confirmed
 //! broker → Fetch (+ the unnamed file to write), for a layer that is missing or came from elsewhere
@@ -18,6 +20,8 @@ use serde::{Deserialize, Serialize};
 use crate::config::RegistryConfig;
 use crate::image::digest::Digest;
 use crate::image::reference::ImageReference;
+use crate::request::LocalForm;
+use crate::source::SourceForm;
 
 /// From the broker to the importer.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -29,6 +33,20 @@ pub enum Command {
         reference: ImageReference,
         /// Mirrors, plain HTTP, timeouts.
         registries: RegistryConfig,
+        /// Bounds of one layer.
+        limits: ImportLimits,
+    },
+    /// Read an image that its user has on this machine. Descriptors: what the source reader opened, and for a stream an
+    /// empty file, open for reading and writing, to keep it in.
+    Open {
+        /// What the first descriptor is.
+        form: SourceForm,
+        /// As what it is to be read; `None` if whatever it is will do.
+        wanted: Option<LocalForm>,
+        /// Which of its images.
+        name: Option<String>,
+        /// What the user calls it, for messages.
+        shown: String,
         /// Bounds of one layer.
         limits: ImportLimits,
     },
@@ -53,7 +71,8 @@ pub enum Report {
     Resolved {
         /// Digest of the platform's manifest (not of an index), computed over the bytes received.
         manifest: Digest,
-        /// Where the layers come from, `HOST[:PORT]/REPOSITORY`: the endpoint that answered, which may be a mirror.
+        /// Where the layers come from, `HOST[:PORT]/REPOSITORY`: the endpoint that answered, which may be a mirror. Empty
+        /// for an image on this machine.
         origin: String,
         /// Lowest layer first.
         layers: Vec<LayerDescriptor>,

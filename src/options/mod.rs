@@ -14,6 +14,7 @@ pub mod table;
 
 use std::path::PathBuf;
 
+use crate::image::local;
 use crate::image::reference::{ImageReference, InvalidReference};
 use crate::mounts::entry::{InvalidEntry, MountEntry};
 use crate::mounts::spec::{InvalidMounts, MountSpec};
@@ -289,9 +290,13 @@ pub fn parse_image(text: &str) -> Result<ImageSource, InvalidReference> {
     if text.starts_with(['.', '/']) {
         return Ok(ImageSource::File(PathBuf::from(text)));
     }
+    let typed = text.to_owned();
+    if let Some(image) = local::parse(text) {
+        return Ok(ImageSource::Local { typed, image: image? });
+    }
     let reference = ImageReference::parse(text)?;
     reference.check()?;
-    Ok(ImageSource::Registry { typed: text.to_owned(), reference })
+    Ok(ImageSource::Registry { typed, reference })
 }
 
 fn parse_name(text: &str) -> Result<ContainerName, OptionError> {

@@ -205,7 +205,7 @@ fn attach_layers(mounts: &[(&LeasedLayer, OwnedFd)]) -> Result<(), LayerMountErr
 fn mount_layer(file: BorrowedFd<'_>) -> Result<OwnedFd, MountError> {
     match mount_file(file) {
         // The file's file system cannot be read by EROFS itself (tmpfs never, any before Linux 6.12).
-        Err(error) if error.errno() == Some(Errno::NOTBLK) => sys::loopdev::mount_erofs(file, LAYER_ATTRIBUTES),
+        Err(error) if error.errno() == Some(Errno::NOTBLK) => sys::loopdev::mount(file, "erofs", LAYER_ATTRIBUTES),
         other => other,
     }
 }

@@ -14,7 +14,7 @@ use super::dir::{TEMPORARY, join};
 use super::layer::{LAYERS, layer_path};
 use super::lock::COLLECTOR;
 use super::record::{BLOBS, BlobRecord, CONFIGS, ManifestRecord, ReferenceRecord, now};
-use super::{Result, Store, StoreError, is_regular};
+use super::{LocalRecord, Result, Store, StoreError, is_regular};
 use crate::image::digest::Digest;
 
 /// Records that are written before what makes them useful are left alone for this long.
@@ -336,6 +336,26 @@ impl Store {
                 }
                 _ => removed += self.remove_unless(false, &path)?,
             }
+        }
+        Ok(removed + self.tidy_local(&join(directory, "local"), configs)?)
+    }
+
+    /// The records of one user's own files; as [`Store::tidy_user`].
+    fn tidy_local(&self, directory: &str, configs: &mut HashSet<String>) -> Result<usize> {
+        let mut removed = self.remove_unfinished(directory)?;
+        for name in self.records(directory)? {
+            let path = join(directory, &name);
+            let mut used = false;
+            if let Some(record) = self.read_json::<LocalRecord>(&path)?
+                && now().saturating_sub(record.confirmed_at) < FORGET_SECONDS
+            {
+                let lengths = record.layers.iter().map(|layer| self.layer_length(layer));
+                used = lengths.sum::<Result<Option<u64>>>()?.is_some();
+                if used {
+                    configs.insert(record.config.hex());
+                }
+            }
+            removed += self.remove_unless(used, &path)?;
         }
         Ok(removed)
     }

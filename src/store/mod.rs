@@ -10,6 +10,7 @@
 //!   configs/sha256/HEX                image configs, named by their own digest
 //!   confirmed/UID/references/HEX      ReferenceRecord: at that time this user was given that manifest for a reference
 //!   confirmed/UID/manifests/HEX       ManifestRecord: at that time this user could have every layer of the manifest
+//!   confirmed/UID/local/HEX           LocalRecord: this user had every layer in this file, as long as it is unchanged
 //!   locks/HEX                         exclusive lock: somebody fetches the layer with this diffID
 //!   locks/gc                          exclusive lock: somebody collects
 //!   */.tmp-*                          being written; shared lock by the writer
@@ -27,7 +28,8 @@
 //! or after the blob has been fetched once more from that host, with his credentials, and has become the same bytes
 //! ([`SealedLayer::proves`]; the EROFS writer is deterministic). So one registry can neither obtain nor change what
 //! users of another one run, not even through an importer that it took over. Manifest records are kept per user for the
-//! same reason.
+//! same reason. An image that a user has in a file of his own is read as a whole whatever the store has of it ([`local`]
+//! says when it is not read again), and is no registry's word for anybody else.
 //!
 //! **Who locks what.** All locks are flock(2), never pids or timestamps, so they are free when their holder dies and work
 //! between the nodes that share a store (NFS 3 and later, Lustre with `-o flock`, and other file systems with cluster-wide
@@ -49,6 +51,7 @@
 mod dir;
 mod gc;
 mod layer;
+mod local;
 mod lock;
 mod record;
 
@@ -63,6 +66,7 @@ use crate::image::digest::Digest;
 
 pub use gc::{CollectReport, Goal, PinnedMounts, Watermark, Watermarks};
 pub use layer::{LeasedLayer, NewLayer, SealedLayer};
+pub use local::{FileIdentity, LocalKey, LocalRecord};
 pub use lock::FetchLock;
 pub use record::{BlobRecord, ManifestRecord, ReferenceRecord, StoredImage, now};
 

@@ -173,7 +173,7 @@ impl Store {
         Ok(self.read_record(name)?.and_then(|content| serde_json::from_slice(&content).ok()))
     }
 
-    fn write_json<T: Serialize>(&self, directory: &str, name: &str, record: &T) -> Result<()> {
+    pub(super) fn write_json<T: Serialize>(&self, directory: &str, name: &str, record: &T) -> Result<()> {
         let content = serde_json::to_vec(record).map_err(|source| self.error("write", directory, source))?;
         self.write_record(directory, name, &content)
     }

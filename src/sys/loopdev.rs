@@ -1,4 +1,4 @@
-//! Loop devices (loop(4)), for kernels whose EROFS reads only block devices.
+//! Loop devices (loop(4)), for kernels whose EROFS reads only block devices, and for squashfs, which does so on all.
 
 use std::fs::File;
 use std::io;
@@ -45,11 +45,16 @@ struct LoopConfig {
     reserved: [u64; 8],
 }
 
-/// A detached mount of the EROFS image in `file` over a loop device that goes away with the last mount.
-pub fn mount_erofs(file: BorrowedFd<'_>, attributes: MountAttrFlags) -> Result<OwnedFd, MountError> {
+/// A detached mount of the image in `file`, of a file system of this type (`erofs`, `squashfs`), over a loop device that
+/// goes away with the last mount.
+pub fn mount(
+    file: BorrowedFd<'_>,
+    file_system: &'static str,
+    attributes: MountAttrFlags,
+) -> Result<OwnedFd, MountError> {
     let (device, path) = attach(file)
         .map_err(|error| MountError::new("loop device", Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
-    let context = FsContext::open("erofs")?;
+    let context = FsContext::open(file_system)?;
     context.set("source", &path)?;
     // The device is read-only, and would be opened for writing.
     context.flag("ro")?;

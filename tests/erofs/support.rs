@@ -69,7 +69,7 @@ impl Image {
         };
         let mount = mount().or_else(|error| match error.errno() {
             Some(Errno::NOTBLK | Errno::INVAL) => {
-                loopdev::mount_erofs(self.file.as_file().as_fd(), MountAttrFlags::MOUNT_ATTR_RDONLY)
+                loopdev::mount(self.file.as_file().as_fd(), "erofs", MountAttrFlags::MOUNT_ATTR_RDONLY)
             }
             _ => Err(error),
         });

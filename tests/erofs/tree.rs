@@ -68,7 +68,7 @@ impl Content {
         use rustix::fs::{SeekFrom, seek};
         let mut content = Self::default();
         let mut at = 0;
-        let mut buffer = vec![0; 1 << 20];
+        let mut buffer = vec![0; file.metadata()?.len().next_multiple_of(Self::BLOCK).min(1 << 20) as usize];
         while let Ok(data) = seek(file, SeekFrom::Data(at)) {
             let end = seek(file, SeekFrom::Hole(data))?;
             at = data / Self::BLOCK * Self::BLOCK;

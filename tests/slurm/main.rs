@@ -18,6 +18,7 @@ mod mpi;
 mod options;
 mod registries;
 mod session;
+mod sources;
 mod unshare;
 mod world;
 
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         ("mounts", mounts::CASES),
         ("images", images::CASES),
         ("registries", registries::CASES),
+        ("sources", sources::CASES),
         ("jobs", jobs::CASES),
         ("mpi", mpi::CASES),
         ("bad_input", bad_input::CASES),

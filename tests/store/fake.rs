@@ -137,7 +137,7 @@ impl StartImporter for FakeImporter {
         File::from(write).write_all(request.user.uid.to_string().as_bytes()).unwrap();
         let (registries, answer) = (self.registries.clone(), self.answer);
         std::thread::spawn(move || serve(registries, answer, importer_end));
-        Ok(Importer { channel, credentials, process: None, reader: None })
+        Ok(Importer { channel, descriptors: vec![credentials], process: None, reader: None })
     }
 }
 
@@ -217,6 +217,7 @@ pub fn answer(served: &Served, command: Command, mut descriptors: Vec<OwnedFd>) 
         Command::Resolve { .. } => {
             let _ = served.channel.send(&served.resolved(), &[Served::config().as_fd()]);
         }
+        Command::Open { .. } => served.fail(FailureKind::Local, "no registry's image"),
         Command::Confirm { layer } => {
             served.registries.confirms.fetch_add(1, Ordering::SeqCst);
             served.report(&Report::Confirmed { layer, allowed: served.blob(layer).is_some() });

@@ -5,10 +5,12 @@
 //! importer reads hostile data and is not trusted.
 //!
 //! * [`acquire`]: the warm path, and what is remembered after the cold one;
+//! * [`local`]: the same for an image that the user has on this machine;
 //! * [`session`]: the conversation with one importer, and what becomes of each layer;
 //! * [`process`]: the importer and the credentials reader as child processes;
 //! * [`roles`]: their first steps, in which they take on their identities.
 
+mod local;
 mod process;
 mod roles;
 mod session;
@@ -20,13 +22,14 @@ use std::time::Duration;
 use crate::config::RegistryConfig;
 use crate::image::digest::Digest;
 use crate::image::reference::ImageReference;
-use crate::importer::protocol::{FailureKind, ImportLimits};
+use crate::importer::protocol::{Command, FailureKind, ImportLimits};
 use crate::request::{Environment, User};
 use crate::store::{
     Goal, LeasedLayer, ManifestRecord, PinnedMounts, ReferenceRecord, Store, StoreError, Watermarks, count, now, size,
 };
+pub use local::{LocalRequest, OpenedImage, acquire_local, open_local};
 pub use process::{Child, Importer, Processes, StartImporter};
-pub use roles::{credentials_role, importer_role};
+pub use roles::{credentials_role, importer_role, source_role};
 use session::Session;
 
 /// What the administrator decides about imports.
@@ -141,6 +144,9 @@ pub enum ImportError {
         /// The image.
         image: String,
     },
+    /// An image on this machine cannot be opened; the message is a whole line.
+    #[error("{0}")]
+    Source(String),
     /// The importer could not be started.
     #[error("cannot start the importer: {0}")]
     Start(String),
@@ -215,8 +221,13 @@ pub fn acquire_through(
     // What the registry says counts from before it was asked.
     let confirmed_at = now();
     let importer = starter.start(settings, request, events)?;
-    let mut session = Session::new(store, settings, request, pinned, cancel, events, importer);
-    let image = session.resolve()?;
+    let subject = (Some(request.reference), request.reference.to_string());
+    let mut session = Session::new(store, settings, subject, pinned, cancel, events, importer);
+    let image = session.resolve(&Command::Resolve {
+        reference: request.reference.clone(),
+        registries: settings.registries.clone(),
+        limits: settings.limits,
+    })?;
     let uid = request.user.uid;
     let before = store.manifest(uid, &image.manifest)?;
     let confirmed = before.is_some_and(|before| {
@@ -232,6 +243,12 @@ pub fn acquire_through(
     let reference = ReferenceRecord { reference, manifest: image.manifest, confirmed_at };
     let manifest = ManifestRecord { origin: image.origin, config, layers: image.layers, confirmed_at };
     store.confirm(uid, &reference, &manifest)?;
+    collect(store, settings, pinned, events);
+    Ok(AcquiredImage { manifest: reference.manifest, config: image.config, layers, from_network: true })
+}
+
+/// Keeps the store between its watermarks, after it has grown.
+fn collect(store: &Store, settings: &ImportSettings, pinned: &dyn PinnedMounts, events: &mut dyn FnMut(ImportEvent)) {
     match store.collect(Goal::Watermarks(settings.watermarks), pinned, false) {
         Ok(report) if report.removed.is_empty() => {}
         Ok(report) => events(ImportEvent::Log(format!(
@@ -242,7 +259,6 @@ pub fn acquire_through(
         // The image is there: the next import or `pyxis gc` will try again.
         Err(error) => events(ImportEvent::Log(error.to_string())),
     }
-    Ok(AcquiredImage { manifest: reference.manifest, config: image.config, layers, from_network: true })
 }
 
 /// The image as this user was given it a short time ago, if all of it is still there.

@@ -55,8 +55,8 @@ pub trait StartImporter {
 pub struct Importer {
     /// The conversation.
     pub channel: Channel<Command, Report>,
-    /// Read end of the pipe with the user's credentials, for `Command::Resolve`.
-    pub credentials: OwnedFd,
+    /// What goes with the first command: the read end of the pipe with the user's credentials, for `Command::Resolve`.
+    pub descriptors: Vec<OwnedFd>,
     /// The importer itself, if it is a process.
     pub process: Option<Child>,
     /// The credentials reader, if there is one.
@@ -93,61 +93,79 @@ impl StartImporter for Processes {
         events: &mut dyn FnMut(ImportEvent),
     ) -> Result<Importer, ImportError> {
         let failed = |what: &'static str| move |error: io::Error| ImportError::start(what, &error);
-        let service = service_identity(&settings.importer_user, request.user.uid, events)?;
-        let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|errno| failed("/dev/null")(errno.into()))?;
         let (credentials, credentials_write) = pipe().map_err(failed("pipe"))?;
-
-        let (reader_channel, reader_end) = channel::pair::<CredentialsRequest, ()>().map_err(failed("socket"))?;
-        let parent = rustix::process::getpid().as_raw_nonzero().to_string();
-        let pid = spawn(
-            &settings.executable,
-            &[cli::CREDENTIALS.as_bytes(), parent.as_bytes()],
-            &[],
-            &[
-                (null.as_fd(), 0),
-                (credentials_write.as_fd(), 1),
-                (null.as_fd(), 2),
-                (reader_end.as_fd(), roles::CHANNEL),
-            ],
-        )
-        .map_err(failed("credentials reader"))?;
-        drop((credentials_write, reader_end));
-        let mut reader = Child::adopt(pid, None).map_err(failed("credentials reader"))?;
+        let (reader_channel, mut reader) =
+            start_reader::<CredentialsRequest, ()>(settings, cli::CREDENTIALS, Some(credentials_write))?;
         reader.deadline = Some(Instant::now() + CREDENTIALS_TIMEOUT);
-
-        let (channel, importer_end) = channel::pair().map_err(failed("socket"))?;
-        let (diagnostics, diagnostics_write) = pipe().map_err(failed("pipe"))?;
-        let (uid, gid) = (service.uid.to_string(), service.gid.to_string());
-        // Blocks, directories and inodes come on top of the content.
-        let limits = &settings.limits;
-        let file_size =
-            limits.max_layer_bytes.saturating_add(limits.max_layer_entries.saturating_mul(8192)).to_string();
-        let pid = spawn(
-            &settings.executable,
-            &[cli::IMPORTER.as_bytes(), parent.as_bytes(), uid.as_bytes(), gid.as_bytes(), file_size.as_bytes()],
-            &environment(&settings.importer_environment).map_err(failed("importer's environment"))?,
-            &[
-                (null.as_fd(), 0),
-                (null.as_fd(), 1),
-                (diagnostics_write.as_fd(), 2),
-                (importer_end.as_fd(), roles::CHANNEL),
-            ],
-        )
-        .map_err(failed("importer"))?;
-        drop((diagnostics_write, importer_end));
-        let process = Child::adopt(pid, Some(diagnostics)).map_err(failed("importer"))?;
+        let (channel, process) = start_importer(settings, request.user.uid, events)?;
 
         // Both wait for their first message.
         for child in [&reader, &process] {
-            events(ImportEvent::Process { pid: child.pid.as_raw_nonzero().get().unsigned_abs() });
+            events(child.event());
         }
         let environment = memfile::sealed("pyxis-environment", &request.environment.to_block())
             .map_err(failed("user's environment"))?;
         let message = CredentialsRequest { user: request.user.clone() };
         reader_channel.send(&message, &[environment.as_fd()]).map_err(failed("credentials reader"))?;
-        Ok(Importer { channel, credentials, process: Some(process), reader: Some(reader) })
+        Ok(Importer { channel, descriptors: vec![credentials], process: Some(process), reader: Some(reader) })
     }
+}
+
+/// Starts the part of this executable called `role`, which is going to be the user, and its channel. It does nothing
+/// before its first message.
+pub(super) fn start_reader<S, R>(
+    settings: &ImportSettings,
+    role: &'static str,
+    output: Option<OwnedFd>,
+) -> Result<(Channel<S, R>, Child), ImportError> {
+    let failed = |error: io::Error| ImportError::start(role, &error);
+    let null = null().map_err(failed)?;
+    let (channel, end) = channel::pair::<S, R>().map_err(failed)?;
+    let output = output.as_ref().unwrap_or(&null);
+    let pid = spawn(
+        &settings.executable,
+        &[role.as_bytes(), own_pid().as_bytes()],
+        &[],
+        &[(null.as_fd(), 0), (output.as_fd(), 1), (null.as_fd(), 2), (end.as_fd(), roles::CHANNEL)],
+    )
+    .map_err(failed)?;
+    drop(end);
+    Ok((channel, Child::adopt(pid, None).map_err(failed)?))
+}
+
+/// Starts an importer for an image of `user`'s. It does nothing before its first command.
+pub(super) fn start_importer(
+    settings: &ImportSettings,
+    user: u32,
+    events: &mut dyn FnMut(ImportEvent),
+) -> Result<(Channel<Command, Report>, Child), ImportError> {
+    let failed = |error: io::Error| ImportError::start("importer", &error);
+    let service = service_identity(&settings.importer_user, user, events)?;
+    let null = null().map_err(failed)?;
+    let (channel, importer_end) = channel::pair().map_err(failed)?;
+    let (diagnostics, diagnostics_write) = pipe().map_err(failed)?;
+    let (parent, uid, gid) = (own_pid(), service.uid.to_string(), service.gid.to_string());
+    // Blocks, directories and inodes come on top of the content.
+    let limits = &settings.limits;
+    let file_size = limits.max_layer_bytes.saturating_add(limits.max_layer_entries.saturating_mul(8192)).to_string();
+    let pid = spawn(
+        &settings.executable,
+        &[cli::IMPORTER.as_bytes(), parent.as_bytes(), uid.as_bytes(), gid.as_bytes(), file_size.as_bytes()],
+        &environment(&settings.importer_environment)
+            .map_err(|error| ImportError::start("importer's environment", &error))?,
+        &[(null.as_fd(), 0), (null.as_fd(), 1), (diagnostics_write.as_fd(), 2), (importer_end.as_fd(), roles::CHANNEL)],
+    )
+    .map_err(failed)?;
+    drop((diagnostics_write, importer_end));
+    Ok((channel, Child::adopt(pid, Some(diagnostics)).map_err(failed)?))
+}
+
+fn null() -> io::Result<OwnedFd> {
+    Ok(rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+fn own_pid() -> String {
+    rustix::process::getpid().as_raw_nonzero().to_string()
 }
 
 fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
@@ -210,6 +228,11 @@ impl Child {
         let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
         let diagnostics = diagnostics.map(|pipe| Diagnostics { pipe: pipe.into(), partial: Vec::new(), lines: 0 });
         Ok(Self { pid, pidfd, deadline: None, diagnostics, reaped: false })
+    }
+
+    /// Tells of it.
+    pub(super) fn event(&self) -> ImportEvent {
+        ImportEvent::Process { pid: self.pid.as_raw_nonzero().get().unsigned_abs() }
     }
 
     /// The pipe with its diagnostics, while there may be more.
@@ -328,7 +351,7 @@ pub(super) fn describe_end(status: Option<WaitStatus>) -> String {
 }
 
 impl ImportError {
-    fn start(what: &str, error: &io::Error) -> Self {
+    pub(super) fn start(what: &str, error: &io::Error) -> Self {
         Self::Start(format!("{what}: {}", sys::reason(error)))
     }
 }

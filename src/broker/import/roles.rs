@@ -1,5 +1,5 @@
-//! The first steps of the importer and of the credentials reader: both start as root, know nothing yet, and give up what
-//! they may not have before they read a single byte.
+//! The first steps of the importer and of the two processes that read for it as the user: all start as root, know nothing
+//! yet, and give up what they may not have before they read a single byte.
 
 use std::ffi::OsString;
 use std::io::{self, Write};
@@ -13,7 +13,8 @@ use rustix::thread::CapabilitySet;
 use serde::{Deserialize, Serialize};
 
 use crate::registry::credentials;
-use crate::request::{Environment, User};
+use crate::request::{Environment, LocalImage, User};
+use crate::source::{self, ToReader};
 use crate::sys::channel::Channel;
 use crate::sys::memfile;
 use crate::sys::process::{become_user, close_from, die_with_parent};
@@ -80,6 +81,31 @@ fn read_credentials(parent: Pid) -> io::Result<()> {
     };
     let set = credentials::load(&environment, &home);
     io::stdout().write_all(&serde_json::to_vec(&set)?)
+}
+
+/// The source reader: becomes the job's user and opens an image of his ([`source`]). Its argument is the broker's process
+/// id.
+pub fn source_role(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    let Some(parent) = number(&mut arguments).and_then(Pid::from_raw) else { return by_hand() };
+    match read_source(parent) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failed("source reader", &error),
+    }
+}
+
+fn read_source(parent: Pid) -> io::Result<()> {
+    let channel: source::reader::BrokerChannel = take_channel()?.into();
+    let Some((ToReader::Open { user, image, cwd }, mut descriptors)) = channel.receive()? else { return Ok(()) };
+    become_somebody(&user, parent)?;
+    if matches!(image, LocalImage::Engine { .. }) {
+        // It sees the end of its channel, and has to tidy up.
+        rustix::process::set_parent_process_death_signal(None)?;
+    }
+    let environment = match descriptors.pop() {
+        Some(file) => Environment::from_block(&memfile::read_all(file, MAX_ENVIRONMENT)?),
+        None => Environment::default(),
+    };
+    source::reader::run(&channel, &image, &cwd, &environment)
 }
 
 fn home_directory(uid: u32) -> io::Result<PathBuf> {

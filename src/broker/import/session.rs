@@ -24,8 +24,9 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags};
 
 use super::process::{Importer, describe_end};
-use super::{AcquireRequest, ImportError, ImportEvent, ImportSettings, one_line};
+use super::{ImportError, ImportEvent, ImportSettings, one_line};
 use crate::image::digest::Digest;
+use crate::image::reference::ImageReference;
 use crate::importer::protocol::{Command, LayerDescriptor, Report};
 use crate::store::{FetchLock, Goal, LeasedLayer, NewLayer, PinnedMounts, Store, StoreError, count, size};
 use crate::sys::memfile;
@@ -58,7 +59,10 @@ pub(super) struct Resolved {
 pub(super) struct Session<'a, 'e> {
     pub store: &'a Store,
     pub settings: &'a ImportSettings,
-    pub request: AcquireRequest<'a>,
+    /// The image's registry; `None` if it is on this machine.
+    pub registry: Option<&'a ImageReference>,
+    /// What the user calls the image.
+    pub shown: String,
     pub pinned: &'a dyn PinnedMounts,
     pub cancel: &'a [BorrowedFd<'a>],
     pub events: &'e mut dyn FnMut(ImportEvent),
@@ -101,23 +105,22 @@ impl<'a, 'e> Session<'a, 'e> {
     pub fn new(
         store: &'a Store,
         settings: &'a ImportSettings,
-        request: AcquireRequest<'a>,
+        (registry, shown): (Option<&'a ImageReference>, String),
         pinned: &'a dyn PinnedMounts,
         cancel: &'a [BorrowedFd<'a>],
         events: &'e mut dyn FnMut(ImportEvent),
         importer: Importer,
     ) -> Self {
-        Self { store, settings, request, pinned, cancel, events, importer, active: Instant::now() }
+        let shown = one_line(&shown, 300);
+        Self { store, settings, registry, shown, pinned, cancel, events, importer, active: Instant::now() }
     }
 
-    /// Has the importer find the image.
-    pub fn resolve(&mut self) -> Result<Resolved, ImportError> {
-        let command = Command::Resolve {
-            reference: self.request.reference.clone(),
-            registries: self.settings.registries.clone(),
-            limits: self.settings.limits,
-        };
-        let sent = self.importer.channel.send(&command, &[self.importer.credentials.as_fd()]);
+    /// Has the importer find the image by its first command.
+    pub fn resolve(&mut self, command: &Command) -> Result<Resolved, ImportError> {
+        let descriptors = std::mem::take(&mut self.importer.descriptors);
+        let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
+        let sent = self.importer.channel.send(command, &borrowed);
+        drop(descriptors);
         self.sent(sent)?;
         loop {
             match self.next_report(None)? {
@@ -178,6 +181,10 @@ impl<'a, 'e> Session<'a, 'e> {
     /// What the store has of a layer.
     fn look_up(&self, descriptor: &LayerDescriptor, origin: &str) -> Result<State<'a>, ImportError> {
         let Some(lease) = self.store.lease(&descriptor.diff_id)? else { return Ok(State::Missing) };
+        if self.registry.is_none() {
+            // Nobody vouches for the bytes of a file but the bytes.
+            return Ok(State::Present { lease, known: false });
+        }
         let record = self.store.blob(&descriptor.blob)?.filter(|record| record.diff_id == descriptor.diff_id);
         let known = record.is_some_and(|record| record.origins.iter().any(|known| host(known) == host(origin)));
         Ok(State::Present { lease, known })
@@ -195,17 +202,25 @@ impl<'a, 'e> Session<'a, 'e> {
             missing += 1;
             bytes = bytes.saturating_add(layer.descriptor.size);
             if own {
-                own_bytes = own_bytes.saturating_add(layer.descriptor.size);
+                own_bytes = own_bytes.saturating_add(self.space(&layer.descriptor));
             }
         }
         (self.events)(ImportEvent::Resolved { layers: count, missing, bytes });
         self.ensure_space(own_bytes)
     }
 
-    /// Makes sure that there is space for what `blob_bytes` of blobs become.
-    fn ensure_space(&mut self, blob_bytes: u64) -> Result<(), ImportError> {
+    /// About how much space a layer takes.
+    fn space(&self, descriptor: &LayerDescriptor) -> u64 {
+        if descriptor.blob == descriptor.diff_id {
+            // Not compressed.
+            return descriptor.size;
+        }
         // Saturates at the bounds of u64.
-        let needed = (blob_bytes as f64 * self.settings.space_factor) as u64;
+        (descriptor.size as f64 * self.settings.space_factor) as u64
+    }
+
+    /// Makes sure that `needed` bytes are available to new layers.
+    fn ensure_space(&mut self, needed: u64) -> Result<(), ImportError> {
         let deadline = Instant::now() + COLLECTION_TIMEOUT;
         loop {
             if self.store.available()? >= needed {
@@ -297,7 +312,7 @@ impl<'a, 'e> Session<'a, 'e> {
             *state = self.look_up(descriptor, origin)?;
             if matches!(state, State::Missing) {
                 if waited {
-                    self.ensure_space(descriptor.size)?;
+                    self.ensure_space(self.space(descriptor))?;
                 }
                 let new = self.store.new_layer()?;
                 self.fetch(index, &new)?;
@@ -313,7 +328,7 @@ impl<'a, 'e> Session<'a, 'e> {
             }
             State::Present { lease, known: false } => {
                 if waited {
-                    self.ensure_space(descriptor.size)?;
+                    self.ensure_space(self.space(descriptor))?;
                 }
                 self.prove(index, lease)?
             }
@@ -367,27 +382,33 @@ impl<'a, 'e> Session<'a, 'e> {
         *state = match (report, std::mem::replace(state, State::Missing)) {
             (Report::Confirmed { allowed: true, .. }, State::Confirming(lease)) => State::Ready(lease),
             (Report::Confirmed { .. }, State::Confirming(lease)) => {
-                self.ensure_space(descriptor.size)?;
+                self.ensure_space(self.space(descriptor))?;
                 self.prove(index, lease)?
             }
             (Report::Fetched { image, .. }, State::Fetching { lock, new, .. }) => {
                 let sealed = new.seal(&descriptor.diff_id, image)?;
                 // Before the layer has its name: who sees the layer finds the record.
-                self.store.note_blob(descriptor, origin)?;
+                self.note_blob(descriptor, origin)?;
                 let lease = sealed.publish()?;
                 drop(lock);
                 State::Ready(lease)
             }
             (Report::Fetched { image, .. }, State::Proving { stored, new, .. }) => {
                 if !new.seal(&descriptor.diff_id, image)?.proves(&stored)? {
-                    return Err(ImportError::Mismatch { layer: descriptor.diff_id, origin: origin.to_owned() });
+                    let origin = if origin.is_empty() { self.image() } else { origin.to_owned() };
+                    return Err(ImportError::Mismatch { layer: descriptor.diff_id, origin });
                 }
-                self.store.note_blob(descriptor, origin)?;
+                self.note_blob(descriptor, origin)?;
                 State::Ready(stored)
             }
             (_, state) => state,
         };
         Ok(())
+    }
+
+    /// Notes what a registry has delivered. What a user has in a file says nothing about any registry.
+    fn note_blob(&self, descriptor: &LayerDescriptor, origin: &str) -> Result<(), StoreError> {
+        if self.registry.is_some() { self.store.note_blob(descriptor, origin) } else { Ok(()) }
     }
 
     /// The next report, or `None` after `timeout`. Notices everything that ends an import.
@@ -476,7 +497,8 @@ impl<'a, 'e> Session<'a, 'e> {
 
     /// An importer that speaks for one registry must not vouch for layers of another.
     fn check_origin(&self, origin: &str) -> Result<(), ImportError> {
-        let (registries, reference) = (&self.settings.registries, self.request.reference);
+        let Some(reference) = self.registry else { return Ok(()) };
+        let registries = &self.settings.registries;
         let mut endpoints = registries.mirrors(reference);
         endpoints.push(registries.upstream(reference));
         if endpoints.iter().any(|endpoint| endpoint.origin() == origin) {
@@ -532,7 +554,7 @@ impl<'a, 'e> Session<'a, 'e> {
     }
 
     fn image(&self) -> String {
-        one_line(&self.request.reference.to_string(), 300)
+        self.shown.clone()
     }
 }
 

@@ -148,6 +148,12 @@ impl<R: Read> Archive<R> {
         }
     }
 
+    /// Goes behind the current entry without reading it: `source` gives the stream from a position on.
+    pub fn skip_to(&mut self, source: impl FnOnce(u64) -> R) {
+        self.position += std::mem::take(&mut self.rest) + std::mem::take(&mut self.padding);
+        self.source = BufReader::with_capacity(BUFFER, source(self.position));
+    }
+
     /// Fills `buffer` with the content that comes next: no more than is left of the entry.
     pub fn read(&mut self, buffer: &mut [u8]) -> Result<(), LayerError> {
         debug_assert!(buffer.len() as u64 <= self.rest);

@@ -1,0 +1,156 @@
+//! The image of a step: where it comes from, and what the user is told meanwhile.
+//!
+//! Scripts count lines: `importing` and `imported` for what is imported, one pair a step and node; none for files.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use super::import::{self, AcquireRequest, AcquiredImage, ImportError, ImportEvent, LocalRequest};
+use super::{BrokerError, Leader, failed};
+use crate::config::Config;
+use crate::image::reference::ImageReference;
+use crate::request::{Environment, ImageSource, LocalImage, StepRequest};
+use crate::rootfs::cgroups;
+use crate::rootfs::layers::LayerMounts;
+use crate::store::Store;
+use crate::sys;
+use crate::task::UserMessage;
+
+/// What all sources need.
+struct Acquisition<'a, 'b> {
+    leader: &'a mut Leader<'b>,
+    life: &'a OwnedFd,
+    config: &'a Config,
+    request: &'a StepRequest,
+    environment: &'a Environment,
+    mounts: &'a LayerMounts,
+}
+
+/// Gets the image that the request names.
+pub(super) fn acquire(
+    leader: &mut Leader<'_>,
+    life: &OwnedFd,
+    config: &Config,
+    request: &StepRequest,
+    environment: &Environment,
+    mounts: &LayerMounts,
+) -> Result<AcquiredImage, BrokerError> {
+    let mut acquisition = Acquisition { leader, life, config, request, environment, mounts };
+    match &request.image {
+        Some(ImageSource::Registry { typed, reference }) => acquisition.of_registry(typed, reference),
+        Some(ImageSource::File(path)) => {
+            let image = LocalImage::Path { path: path.clone(), form: None, name: None };
+            acquisition.of_file(&path.display().to_string(), &image)
+        }
+        Some(ImageSource::Local { typed, image: image @ LocalImage::Path { .. } }) => acquisition.of_file(typed, image),
+        Some(ImageSource::Local { typed, image: image @ LocalImage::Engine { .. } }) => {
+            acquisition.of_engine(typed, image)
+        }
+        None => Err(BrokerError::Start("no image".into())),
+    }
+}
+
+impl Acquisition<'_, '_> {
+    fn of_registry(&mut self, typed: &str, reference: &ImageReference) -> Result<AcquiredImage, BrokerError> {
+        self.announce(typed);
+        let (store, settings) = (self.store()?, self.config.import_settings());
+        let wanted = AcquireRequest { user: &self.request.user, reference, environment: self.environment };
+        let mounts = self.mounts;
+        let image = self
+            .watch(Some(typed), |cancel, events| import::acquire(&store, &settings, wanted, mounts, cancel, events));
+        let image = image.map_err(|error| import_error(typed, &error))?;
+        self.conclude(typed, &image);
+        Ok(image)
+    }
+
+    /// An image in a container engine's storage.
+    fn of_engine(&mut self, typed: &str, image: &LocalImage) -> Result<AcquiredImage, BrokerError> {
+        self.announce(typed);
+        let image = self.of_this_machine(typed, image, Some(typed)).map_err(|error| import_error(typed, &error))?;
+        self.conclude(typed, &image);
+        Ok(image)
+    }
+
+    /// An OCI layout, an archive, or a squashfs file.
+    fn of_file(&mut self, typed: &str, image: &LocalImage) -> Result<AcquiredImage, BrokerError> {
+        self.of_this_machine(typed, image, None).map_err(|error| match error {
+            ImportError::Cancelled { .. } => BrokerError::Cancelled,
+            other => BrokerError::Create { image: typed.to_owned(), reason: other.to_string() },
+        })
+    }
+
+    /// `announced`: what is said when the user has to wait.
+    fn of_this_machine(
+        &mut self,
+        typed: &str,
+        image: &LocalImage,
+        announced: Option<&str>,
+    ) -> Result<AcquiredImage, ImportError> {
+        let store = Store::open(&self.config.store.path)?;
+        let settings = self.config.import_settings();
+        let (user, cwd) = (&self.request.user, Path::new(&self.request.cwd));
+        let wanted = LocalRequest { user, image, typed, cwd, environment: self.environment };
+        let mounts = self.mounts;
+        self.watch(announced, |cancel, events| {
+            let mut opened = import::open_local(&settings, wanted, cancel, events)?;
+            if opened.take_squashfs().is_some() {
+                return Err(ImportError::Source("squashfs files as images are not available yet".into()));
+            }
+            import::acquire_local(&store, &settings, wanted, opened, mounts, cancel, events)
+        })
+    }
+
+    /// Calls `work`, which may be cancelled, and tells the leader what happens.
+    fn watch(
+        &mut self,
+        announced: Option<&str>,
+        work: impl FnOnce(&[BorrowedFd<'_>], &mut dyn FnMut(ImportEvent)) -> Result<AcquiredImage, ImportError>,
+    ) -> Result<AcquiredImage, ImportError> {
+        let in_step = self.request.step.is_some();
+        let leader = &mut *self.leader;
+        let cancel: [BorrowedFd<'_>; 2] = [leader.channel.as_fd(), self.life.as_fd()];
+        let mut gone = false;
+        let image = work(&cancel, &mut |event| match event {
+            ImportEvent::NetworkStart => {
+                if let Some(typed) = announced.filter(|_| !in_step) {
+                    leader.say(UserMessage::Notice(format!("pyxis: importing docker image: {typed}")));
+                }
+                // What an import uses is the job's: it starts when the task is in its cgroups.
+                gone |= leader.wait_until_arrived().is_err();
+            }
+            ImportEvent::Process { pid } => {
+                if let Err(error) = cgroups::join(pid, leader.pid) {
+                    tracing::warn!("importer {pid} stays outside the job's cgroup: {}", sys::reason(error));
+                }
+            }
+            ImportEvent::Warning(text) => leader.say(UserMessage::Notice(format!("pyxis: {text}"))),
+            ImportEvent::Log(text) => tracing::info!("{text}"),
+            ImportEvent::Resolved { .. } | ImportEvent::Progress { .. } => {}
+        })?;
+        if gone { Err(ImportError::Cancelled { image: String::new() }) } else { Ok(image) }
+    }
+
+    /// In a step the first line is shown only where a single task will show it.
+    fn announce(&self, typed: &str) {
+        if self.request.step.as_ref().is_some_and(|step| step.total_tasks <= 1) {
+            self.leader.say(UserMessage::Notice(format!("pyxis: importing docker image: {typed}")));
+        }
+    }
+
+    fn conclude(&self, typed: &str, image: &AcquiredImage) {
+        if self.request.step.is_some() || image.from_network {
+            self.leader.say(UserMessage::Notice(format!("pyxis: imported docker image: {typed}")));
+        }
+    }
+
+    fn store(&self) -> Result<Store, BrokerError> {
+        Store::open(&self.config.store.path).map_err(failed("image store"))
+    }
+}
+
+fn import_error(typed: &str, error: &ImportError) -> BrokerError {
+    match error {
+        ImportError::Cancelled { .. } => BrokerError::Cancelled,
+        other => BrokerError::Import { image: typed.to_owned(), reason: other.to_string() },
+    }
+}

@@ -1,0 +1,233 @@
+//! An image that its user has on this machine: a file, a directory, or in a container engine's storage.
+//!
+//! The source reader opens it as the user, an importer reads it ([`crate::source`]); the broker hands the one's descriptors
+//! to the other and looks at none of them. Whatever the store has already is read and compared all the same: nobody but
+//! the bytes shows that the user has them. What he has shown is not read again until it changes.
+
+#![forbid(unsafe_code)]
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags};
+
+use super::process::{Child, Importer, start_importer, start_reader};
+use super::session::Session;
+use super::{AcquiredImage, ImportError, ImportEvent, ImportSettings, collect, one_line};
+use crate::cli;
+use crate::importer::protocol::{Command, FailureKind};
+use crate::request::{Environment, LocalImage, User};
+use crate::source::{FromReader, SourceForm, ToReader};
+use crate::store::{LocalKey, LocalRecord, PinnedMounts, Store, StoreError, now};
+use crate::sys::channel::Channel;
+use crate::sys::memfile;
+
+/// Longest message of a source reader that is passed on.
+const MAX_MESSAGE: usize = 1000;
+/// How long an engine's command that has closed its output may take to say why.
+const REASON_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Who has which image.
+#[derive(Debug, Clone, Copy)]
+pub struct LocalRequest<'a> {
+    /// As whom it is opened.
+    pub user: &'a User,
+    /// The image.
+    pub image: &'a LocalImage,
+    /// As the user typed it, for messages.
+    pub typed: &'a str,
+    /// What relative paths are relative to.
+    pub cwd: &'a Path,
+    /// The job's environment, for container engines.
+    pub environment: &'a Environment,
+}
+
+/// An image that its user could open.
+#[derive(Debug)]
+pub struct OpenedImage {
+    /// `None` when it is not needed any more.
+    channel: Option<Channel<ToReader, FromReader>>,
+    reader: Option<Child>,
+    /// `None`: an engine has it, and has not been asked for it yet.
+    form: Option<SourceForm>,
+    descriptor: Option<OwnedFd>,
+    key: Option<LocalKey>,
+}
+
+/// Has the image opened as the user. For an image in an engine's storage, which may have to be pulled first, the import
+/// has begun with this: [`ImportEvent::NetworkStart`]. Fails with [`ImportError::Cancelled`] as [`acquire`](super::acquire)
+/// does.
+pub fn open_local(
+    settings: &ImportSettings,
+    request: LocalRequest<'_>,
+    cancel: &[BorrowedFd<'_>],
+    events: &mut dyn FnMut(ImportEvent),
+) -> Result<OpenedImage, ImportError> {
+    let (channel, reader) = start_reader(settings, cli::SOURCE, None)?;
+    if matches!(request.image, LocalImage::Engine { .. }) {
+        events(ImportEvent::NetworkStart);
+        events(reader.event());
+    }
+    let environment = memfile::sealed("pyxis-environment", &request.environment.to_block())
+        .map_err(|error| ImportError::start("user's environment", &error))?;
+    let open = ToReader::Open { user: request.user.clone(), image: request.image.clone(), cwd: request.cwd.to_owned() };
+    channel.send(&open, &[environment.as_fd()]).map_err(|error| ImportError::start("source reader", &error))?;
+    let (channel, reader) = (Some(channel), Some(reader));
+    let mut opened = OpenedImage { channel, reader, form: None, descriptor: None, key: None };
+    let (report, descriptors) = opened.receive(request.typed, cancel)?;
+    match (report, request.image) {
+        (FromReader::Found { id }, LocalImage::Engine { engine, .. }) => {
+            opened.key = Some(LocalKey::Engine { engine: *engine, id });
+        }
+        (FromReader::Opened { form, file }, LocalImage::Path { form: wanted, name, .. }) => {
+            opened.form = Some(form);
+            opened.descriptor = descriptors.into_iter().next();
+            opened.key = file.map(|file| LocalKey::File { file, form: *wanted, name: name.clone() });
+        }
+        _ => return Err(unexpected()),
+    }
+    Ok(opened)
+}
+
+impl OpenedImage {
+    /// The squashfs file that it is, read-only, and by what to remember what was made of it. `None`: it is another image.
+    pub fn take_squashfs(&mut self) -> Option<(OwnedFd, Option<LocalKey>)> {
+        if self.form != Some(SourceForm::Squashfs) {
+            return None;
+        }
+        Some((self.descriptor.take()?, self.key.clone()))
+    }
+
+    fn channel(&self) -> Result<&Channel<ToReader, FromReader>, ImportError> {
+        self.channel.as_ref().ok_or_else(unexpected)
+    }
+
+    /// The source reader's next message. However long it takes: a file server or a pull may be slow.
+    fn receive(&mut self, typed: &str, cancel: &[BorrowedFd<'_>]) -> Result<(FromReader, Vec<OwnedFd>), ImportError> {
+        let channel = self.channel()?;
+        let mut watched = vec![PollFd::new(channel, PollFlags::IN)];
+        watched.extend(cancel.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::RDHUP)));
+        rustix::io::retry_on_intr(|| rustix::event::poll(&mut watched, None))
+            .map_err(|errno| ImportError::start("source reader", &errno.into()))?;
+        if watched.iter().skip(1).any(|fd| !fd.revents().is_empty()) {
+            return Err(ImportError::Cancelled { image: one_line(typed, 300) });
+        }
+        match channel.receive() {
+            Ok(Some((FromReader::Failed { message }, _))) => Err(refused(&message)),
+            Ok(Some(message)) => Ok(message),
+            Ok(None) => Err(ImportError::Source("the process that opens images as the user ended unexpectedly".into())),
+            Err(error) => Err(ImportError::start("source reader", &error)),
+        }
+    }
+
+    /// Why an engine's command has failed, if it has.
+    fn failure(&self) -> Option<ImportError> {
+        let channel = self.channel.as_ref()?;
+        let mut watched = [PollFd::new(channel, PollFlags::IN)];
+        let timeout = REASON_TIMEOUT.try_into().ok();
+        match rustix::io::retry_on_intr(|| rustix::event::poll(&mut watched, timeout.as_ref())) {
+            Ok(1..) => match channel.receive() {
+                Ok(Some((FromReader::Failed { message }, _))) => Some(refused(&message)),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+}
+
+impl Drop for OpenedImage {
+    /// A reader that has run an engine has to tidy up after it.
+    fn drop(&mut self) {
+        self.channel = None;
+        if let (Some(reader), Some(LocalKey::Engine { .. }) | None) = (&mut self.reader, &self.key) {
+            reader.ended();
+        }
+    }
+}
+
+fn refused(message: &str) -> ImportError {
+    ImportError::Source(one_line(message, MAX_MESSAGE))
+}
+
+fn unexpected() -> ImportError {
+    ImportError::Source("the process that opens images as the user does not keep to the protocol".into())
+}
+
+/// Returns the image with all its layers leased, reading it unless nothing has changed since it was read.
+///
+/// Single-threaded. As [`acquire`](super::acquire) in everything else.
+pub fn acquire_local(
+    store: &Store,
+    settings: &ImportSettings,
+    request: LocalRequest<'_>,
+    mut opened: OpenedImage,
+    pinned: &dyn PinnedMounts,
+    cancel: &[BorrowedFd<'_>],
+    events: &mut dyn FnMut(ImportEvent),
+) -> Result<AcquiredImage, ImportError> {
+    let uid = request.user.uid;
+    if let Some(key) = &opened.key
+        && let Some(image) = remembered(store, uid, key)?
+    {
+        return Ok(image);
+    }
+    if opened.form.is_none() {
+        opened.channel()?.send(&ToReader::Save, &[]).map_err(|error| ImportError::start("source reader", &error))?;
+        let (FromReader::Opened { form, .. }, descriptors) = opened.receive(request.typed, cancel)? else {
+            return Err(unexpected());
+        };
+        opened.form = Some(form);
+        opened.descriptor = descriptors.into_iter().next();
+    } else {
+        events(ImportEvent::NetworkStart);
+    }
+    let (Some(form), Some(descriptor)) = (opened.form, opened.descriptor.take()) else { return Err(unexpected()) };
+    let (channel, process) = start_importer(settings, uid, events)?;
+    events(process.event());
+    // Gone with this function, whatever happens: it never gets a name.
+    let spool = (form == SourceForm::Stream).then(|| store.new_layer()).transpose()?;
+    let spool_descriptor = spool.as_ref().map(|spool| spool.as_fd().try_clone_to_owned()).transpose();
+    let spool_descriptor = spool_descriptor.map_err(|error| ImportError::start("importer", &error))?;
+    let descriptors = std::iter::once(descriptor).chain(spool_descriptor).collect();
+    let importer = Importer { channel, descriptors, process: Some(process), reader: None };
+
+    let (wanted, name) = match request.image {
+        LocalImage::Path { form, name, .. } => (*form, name.clone()),
+        LocalImage::Engine { .. } => (None, None),
+    };
+    let shown = one_line(request.typed, 300);
+    let command = Command::Open { form, wanted, name, shown: shown.clone(), limits: settings.limits };
+    let mut session = Session::new(store, settings, (None, shown), pinned, cancel, events, importer);
+    let outcome = session.resolve(&command).and_then(|image| {
+        let layers = session.obtain(&image, false)?;
+        Ok((image, layers))
+    });
+    drop(session);
+    let (image, layers) = outcome.map_err(|error| match &error {
+        // An archive that breaks off: the engine knows why.
+        ImportError::Refused { kind: FailureKind::BadImage, .. } => opened.failure().unwrap_or(error),
+        _ => error,
+    })?;
+
+    let config = store.keep_config(&image.config)?;
+    if let Some(key) = opened.key.clone() {
+        let layers = layers.iter().map(|layer| layer.diff_id).collect();
+        let record = LocalRecord { key, manifest: image.manifest, config, layers, confirmed_at: now() };
+        store.confirm_local(uid, &record)?;
+    }
+    collect(store, settings, pinned, events);
+    Ok(AcquiredImage { manifest: image.manifest, config: image.config, layers, from_network: true })
+}
+
+/// The image as this user had it, if all of it is still there.
+fn remembered(store: &Store, uid: u32, key: &LocalKey) -> Result<Option<AcquiredImage>, StoreError> {
+    let Some(record) = store.local(uid, key)? else { return Ok(None) };
+    let Some(config) = store.config(&record.config)? else { return Ok(None) };
+    let mut layers = Vec::with_capacity(record.layers.len());
+    for layer in &record.layers {
+        let Some(lease) = store.lease(layer)? else { return Ok(None) };
+        layers.push(lease);
+    }
+    Ok(Some(AcquiredImage { manifest: record.manifest, config, layers, from_network: false }))
+}

@@ -1,0 +1,10 @@
+//! Squashfs images made by mksquashfs, judged by the tree that they were made from, by unsquashfs and by the kernel. Run as
+//! root: mounts file systems.
+
+mod damage;
+mod features;
+mod formats;
+mod support;
+#[allow(dead_code, reason = "layers have more than squashfs images")]
+#[path = "../erofs/tree.rs"]
+mod tree;
