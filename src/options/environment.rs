@@ -63,7 +63,7 @@ impl Options {
         Ok(self)
     }
 
-    fn is_given(&self, id: OptionId) -> bool {
+    pub(super) fn is_given(&self, id: OptionId) -> bool {
         match id {
             OptionId::Image => self.image.is_some(),
             OptionId::Mounts => !self.mounts.is_empty(),

@@ -153,8 +153,9 @@ impl Options {
     }
 
     /// Takes note of the command line that the options come from: two different values there are a mistake, while one
-    /// there overrides what a script or the environment says.
+    /// there overrides what a script or the environment says. What was noted before is forgotten.
     pub fn note_command_line<'a>(&mut self, words: impl IntoIterator<Item = &'a [u8]>) {
+        self.typed = Default::default();
         for word in words.into_iter().take_while(|word| *word != b"--") {
             let Some(long) = word.strip_prefix(b"--") else { continue };
             let name = long.split(|&byte| byte == b'=').next().unwrap_or_default();
@@ -198,15 +199,8 @@ impl Options {
         use OptionId::{
             Entrypoint, EntrypointLog, MountHome, NoEntrypoint, NoMountHome, NoRemapRoot, Readonly, RemapRoot, Writable,
         };
-        let conflicting = |yes, no| self.typed(yes) > 0 && self.typed(no) > 0;
-        let (one, other) = match id {
-            MountHome | NoMountHome => (MountHome, NoMountHome),
-            RemapRoot | NoRemapRoot => (RemapRoot, NoRemapRoot),
-            Writable | Readonly => (Writable, Readonly),
-            Entrypoint | NoEntrypoint => (Entrypoint, NoEntrypoint),
-            _ => (id, id),
-        };
-        if one != other && conflicting(one, other) {
+        let (one, other) = opposites(id);
+        if one != other && self.typed(one) > 0 && self.typed(other) > 0 {
             return Err(OptionError::Conflict(one.name(), other.name()));
         }
         match id {
@@ -231,6 +225,26 @@ impl Options {
     /// `--container-image` as typed.
     pub fn image_text(&self) -> Option<&str> {
         self.image_text.as_deref()
+    }
+
+    /// Whether the single value or switch `id` has one that is not from the command line.
+    pub fn was_given_by_script(&self, id: OptionId) -> bool {
+        let (one, other) = opposites(id);
+        self.typed(one) == 0
+            && self.typed(other) == 0
+            && self.is_given(id)
+            && self.lists.iter().all(|(list, _)| *list != id)
+    }
+
+    /// Whether any option was given.
+    pub fn any(&self) -> bool {
+        !Self::default().asks_the_same_as(self)
+    }
+
+    /// Whether both ask for the same, however it was said.
+    pub fn asks_the_same_as(&self, other: &Self) -> bool {
+        let asked = |options: &Self| Self { lists: Vec::new(), typed: Default::default(), ..options.clone() };
+        asked(self) == asked(other)
     }
 
     /// Whether the step is to run in a container.
@@ -282,6 +296,18 @@ impl Options {
             _ => {}
         }
         self.set(id, merged)
+    }
+}
+
+/// A switch and its opposite, in the order in which messages name them; an option that has none, twice.
+fn opposites(id: OptionId) -> (OptionId, OptionId) {
+    use OptionId::{Entrypoint, MountHome, NoEntrypoint, NoMountHome, NoRemapRoot, Readonly, RemapRoot, Writable};
+    match id {
+        MountHome | NoMountHome => (MountHome, NoMountHome),
+        RemapRoot | NoRemapRoot => (RemapRoot, NoRemapRoot),
+        Writable | Readonly => (Writable, Readonly),
+        Entrypoint | NoEntrypoint => (Entrypoint, NoEntrypoint),
+        _ => (id, id),
     }
 }
 

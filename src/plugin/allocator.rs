@@ -8,7 +8,7 @@ use crate::task::UserMessage;
 pub fn init(state: &mut State, spank: &mut dyn Spank, arguments: &[&str]) -> Result<(), Failed> {
     submit::parse_arguments(state, spank, arguments)?;
     if state.arguments.as_ref().is_ok_and(|arguments| arguments.sbatch_support) {
-        submit::note_command_line(state);
+        submit::note_sources(state, spank);
         submit::register(spank)?;
     }
     Ok(())

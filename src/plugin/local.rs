@@ -6,7 +6,7 @@ use super::{Failed, Spank, submit};
 /// `slurm_spank_init`.
 pub fn init(state: &mut State, spank: &mut dyn Spank, arguments: &[&str]) -> Result<(), Failed> {
     submit::parse_arguments(state, spank, arguments)?;
-    submit::note_command_line(state);
+    submit::note_sources(state, spank);
     submit::register(spank)
 }
 

@@ -3,6 +3,7 @@
 //! Slurm's processes share nothing of it: `srun`, `slurmd` and each step manager are different programs, and a task, being
 //! a fork of its step manager, starts from a copy.
 
+use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError, TryLockError};
 
 use super::remote::Step;
@@ -27,12 +28,38 @@ pub enum Phase {
     TaskInit,
 }
 
+/// Options that are good, but not together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Conflict {
+    /// Slurm knows one set of a plugin's options, for all components of a heterogeneous job or step.
+    #[error(
+        "Slurm gives all components of a heterogeneous job the same container options, and these differ: \
+         start each component by an srun of its own (--het-group)"
+    )]
+    Components,
+    /// A job that is submitted from within a job: for Slurm the environment overrides the script.
+    #[error(
+        "--{0} specified multiple times: in the batch script and, inherited by the job that this command runs in, \
+         in the environment; give it on the command line of sbatch"
+    )]
+    ScriptAndJob(&'static str),
+}
+
 /// The state of one process.
 #[derive(Debug)]
 pub struct State {
     entered: u8,
     options: Options,
-    options_judged: bool,
+    /// What was judged last, unless an option has come since.
+    judged: bool,
+    /// What the component before this one of a heterogeneous job asked for, if it asked for anything.
+    earlier: Option<Options>,
+    /// The command lines of the components that follow this one.
+    following: VecDeque<Vec<Vec<u8>>>,
+    /// What the environment of the command says to which option: the job's that it runs in.
+    inherited: Vec<(OptionId, Vec<u8>)>,
+    /// Why the options, each of them good, cannot be used together.
+    conflict: Option<Conflict>,
     /// What plugstack.conf says.
     pub arguments: Result<Arguments, ArgumentError>,
     failure: Option<String>,
@@ -45,7 +72,11 @@ impl Default for State {
         Self {
             entered: 0,
             options: Options::default(),
-            options_judged: false,
+            judged: false,
+            earlier: None,
+            following: VecDeque::new(),
+            inherited: Vec::new(),
+            conflict: None,
             arguments: Ok(Arguments::default()),
             failure: None,
             step: None,
@@ -78,15 +109,47 @@ impl State {
         first
     }
 
-    /// See [`Options::note_command_line`].
+    /// See [`Options::note_command_line`]. A colon alone separates the components of a heterogeneous job.
     pub fn note_command_line<'a>(&mut self, words: impl IntoIterator<Item = &'a [u8]>) {
-        self.options.note_command_line(words);
+        let words: Vec<_> = words.into_iter().map(<[u8]>::to_vec).collect();
+        self.following = words.split(|word| word == b":").map(<[_]>::to_vec).collect();
+        self.next_command_line();
+    }
+
+    fn next_command_line(&mut self) {
+        let words = self.following.pop_front().unwrap_or_default();
+        self.options.note_command_line(words.iter().map(Vec::as_slice));
     }
 
     /// An option arrived.
     pub fn set_option(&mut self, id: OptionId, argument: &[u8]) -> Result<(), OptionError> {
-        self.options_judged = false;
-        self.options.set(id, argument)
+        // Commands go on after their options were judged for one reason: another component. Slurm keeps what it has seen.
+        if std::mem::take(&mut self.judged) {
+            self.earlier = Some(self.options.clone()).filter(Options::any);
+            self.next_command_line();
+        }
+        let overrides_script = self.options.was_given_by_script(id)
+            && self.inherited.iter().any(|(inherited, value)| *inherited == id && value == argument);
+        let before = overrides_script.then(|| self.options.clone());
+        self.options.set(id, argument)?;
+        // Slurm may call again with what it has kept, so that at the end nothing is to be seen of it.
+        let conflict = match (&self.earlier, before) {
+            (Some(earlier), _) if !earlier.asks_the_same_as(&self.options) => Conflict::Components,
+            (_, Some(before)) if !before.asks_the_same_as(&self.options) => Conflict::ScriptAndJob(id.name()),
+            _ => return Ok(()),
+        };
+        self.conflict.get_or_insert(conflict);
+        Ok(())
+    }
+
+    /// Takes note of what the environment says to an option.
+    pub fn note_inherited(&mut self, id: OptionId, value: Vec<u8>) {
+        self.inherited.push((id, value));
+    }
+
+    /// Why the options cannot be used.
+    pub fn conflict(&self) -> Option<&Conflict> {
+        self.conflict.as_ref()
     }
 
     /// The options so far.
@@ -96,7 +159,7 @@ impl State {
 
     /// The options, if they have changed since this was asked before.
     pub fn options_to_judge(&mut self) -> Option<Options> {
-        (!std::mem::replace(&mut self.options_judged, true)).then(|| self.options.clone())
+        (!std::mem::replace(&mut self.judged, true)).then(|| self.options.clone())
     }
 
     /// Makes the tasks of the step fail with this line. The first one counts.

@@ -32,10 +32,17 @@ pub(super) fn parse_arguments(state: &mut State, spank: &mut dyn Spank, argument
     Err(Failed)
 }
 
-/// Remembers the command line, which decides whether two values of an option are a mistake.
-pub(super) fn note_command_line(state: &mut State) {
+/// Remembers the command line and what the job that it runs in has left in the environment, which decide whether two
+/// values of an option are a mistake.
+pub(super) fn note_sources(state: &mut State, spank: &dyn Spank) {
     let line = std::fs::read("/proc/self/cmdline").unwrap_or_default();
     state.note_command_line(line.split(|&byte| byte == 0).skip(1));
+    for option in &TABLE {
+        let variable = format!("SLURM_SPANK__SLURM_SPANK_OPTION_pyxis_{}", option.name().replace('-', "_"));
+        if let Some(value) = spank.variable(&variable) {
+            state.note_inherited(option.id, value);
+        }
+    }
 }
 
 /// Registers all options.
@@ -58,6 +65,10 @@ pub(super) fn judge_options(
     slurm_container: Option<&str>,
 ) -> Result<(), Failed> {
     let Some(options) = state.options_to_judge() else { return Ok(()) };
+    if let Some(conflict) = state.conflict() {
+        spank.say(UserMessage::error(conflict));
+        return Err(Failed);
+    }
     // What a step is given replaces what its job was given; what sbatch is given completes what the script says.
     let command_line_only = spank.context() == Context::Local;
     for (id, variable) in MERGED_LISTS {

@@ -258,6 +258,64 @@ fn a_list_given_twice_reaches_the_node_whole() {
 }
 
 #[test]
+fn components_of_a_heterogeneous_job_ask_for_the_same() {
+    use OptionId::{Image, Mounts, Readonly, Workdir};
+    type Component<'a> = &'a [(OptionId, &'a str)];
+    let judge = |components: &[Component<'_>]| {
+        let mut slurm = Slurm::new(Context::Local);
+        let mut state = State::default();
+        init(&mut state, &mut slurm, &[]).unwrap();
+        let typed = |component: &Component<'_>| {
+            component.iter().map(|(id, argument)| format!("--{}={argument}", id.name())).collect::<Vec<_>>()
+        };
+        let line = components.iter().map(typed).collect::<Vec<_>>().join(&":".to_owned());
+        state.note_command_line(line.iter().map(|word| word.as_bytes()));
+        let mut results = components.iter().map(|component| {
+            for (id, argument) in *component {
+                state.set_option(*id, argument.as_bytes()).map_err(|error| vec![error.to_string()])?;
+            }
+            init_post_opt(&mut state, &mut slurm, &[]).map_err(|Failed| slurm.said())
+        });
+        results.find_map(Result::err)
+    };
+    let differ = Some(vec![format!("E pyxis: {}", super::state::Conflict::Components)]);
+    assert_eq!(judge(&[&[(Image, "a"), (Mounts, "/a")], &[(Image, "a"), (Mounts, "/a")]]), None);
+    assert_eq!(judge(&[&[(Image, "a")], &[], &[(Image, "a")]]), None);
+    assert_eq!(judge(&[&[], &[(Image, "a")], &[]]), None);
+    assert_eq!(judge(&[&[(Image, "a")], &[(Image, "b")]]), differ);
+    assert_eq!(judge(&[&[(Image, "a")], &[], &[(Image, "b")]]), differ);
+    assert_eq!(judge(&[&[(Image, "a")], &[(Image, "a"), (Mounts, "/a")]]), differ);
+    assert_eq!(judge(&[&[(Image, "a")], &[(Readonly, "")]]), differ);
+    let twice = Some(vec!["--container-workdir specified multiple times".to_owned()]);
+    assert_eq!(judge(&[&[(Image, "a")], &[(Workdir, "/a"), (Workdir, "/b")]]), twice);
+}
+
+#[test]
+fn a_script_and_the_job_it_is_submitted_from_may_not_disagree() {
+    use OptionId::{Env, Image, NoRemapRoot, RemapRoot};
+    let judge = |script: (OptionId, &str), inherited: (OptionId, &str), line: &[(OptionId, &str)]| {
+        let variable = format!("SLURM_SPANK__SLURM_SPANK_OPTION_pyxis_{}", inherited.0.name().replace('-', "_"));
+        let mut slurm = Slurm::new(Context::Allocator).variable(&variable, inherited.1);
+        let mut state = State::default();
+        init(&mut state, &mut slurm, &[]).unwrap();
+        let words: Vec<_> = line.iter().map(|(id, _)| format!("--{}", id.name())).collect();
+        state.note_command_line(words.iter().map(|word| word.as_bytes()));
+        // In this order, as measured.
+        for (id, argument) in [script, inherited].iter().chain(line) {
+            state.set_option(*id, argument.as_bytes()).unwrap();
+        }
+        init_post_opt(&mut state, &mut slurm, &[]).map_err(|Failed| slurm.said().remove(0))
+    };
+    let error = judge((Image, "a"), (Image, "b"), &[]).unwrap_err();
+    assert!(error.starts_with("E pyxis: --container-image specified multiple times: in the batch script"), "{error}");
+    assert!(judge((RemapRoot, ""), (NoRemapRoot, ""), &[]).is_err());
+    assert_eq!(judge((Image, "a"), (Image, "a"), &[]), Ok(()));
+    assert_eq!(judge((Image, "a"), (Image, "b"), &[(Image, "c")]), Ok(()));
+    assert_eq!(judge((RemapRoot, ""), (NoRemapRoot, ""), &[(RemapRoot, "")]), Ok(()));
+    assert_eq!(judge((Env, "A"), (Env, "B"), &[]), Ok(()));
+}
+
+#[test]
 fn a_list_given_once_hides_that_of_the_job() {
     let mut slurm = Slurm::new(Context::Local)
         .variable("PYXIS_CONTAINER_IMAGE", "alpine")

@@ -77,7 +77,7 @@ fn pty(world: &mut World) -> Result<()> {
 }
 
 /// Submits a script as user 0, waits for its end and gives its exit code and what it wrote.
-fn submit(world: &World, options: &[&str], script: &str) -> Result<(i32, String)> {
+pub fn submit(world: &World, options: &[&str], script: &str) -> Result<(i32, String)> {
     let work = world.make_directory(0, "work/batch")?;
     let (file, log) = (work.join("script.sh"), work.join("log"));
     fs::write(&file, script)?;

@@ -17,6 +17,7 @@ mod mounts;
 mod mpi;
 mod options;
 mod registries;
+mod relay;
 mod session;
 mod sources;
 mod unshare;
@@ -55,6 +56,7 @@ fn main() -> ExitCode {
         ("sources", sources::CASES),
         ("jobs", jobs::CASES),
         ("mpi", mpi::CASES),
+        ("relay", relay::CASES),
         ("bad_input", bad_input::CASES),
         ("command", command::CASES),
         ("unshare", unshare::CASES),
