@@ -108,6 +108,9 @@ impl Default for RuntimeSettings {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ContainerSettings {
+    /// `path`: where named containers are kept: a directory of root's on a local file system that can hold overlayfs's
+    /// upper layers (ext4, xfs).
+    pub path: PathBuf,
     /// `writable`: as `--container-writable`.
     pub writable: bool,
     /// `remap_root`: as `--container-remap-root`.
@@ -124,6 +127,7 @@ pub struct ContainerSettings {
 impl Default for ContainerSettings {
     fn default() -> Self {
         Self {
+            path: "/var/lib/pyxis/containers".into(),
             writable: false,
             remap_root: false,
             mount_home: false,

@@ -12,6 +12,7 @@
 pub mod broker;
 pub mod cli;
 pub mod config;
+pub mod container;
 pub mod devices;
 pub mod enroot;
 pub mod erofs;

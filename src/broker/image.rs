@@ -8,56 +8,57 @@ use std::path::Path;
 use super::import::{self, AcquireRequest, AcquiredImage, ImportError, ImportEvent, LocalRequest};
 use super::{BrokerError, Leader, failed};
 use crate::config::Config;
+use crate::container::InUse;
 use crate::image::reference::ImageReference;
 use crate::request::{Environment, ImageSource, LocalImage, StepRequest};
 use crate::rootfs::cgroups;
-use crate::rootfs::layers::LayerMounts;
 use crate::store::Store;
 use crate::sys;
 use crate::task::UserMessage;
 
 /// What all sources need.
-struct Acquisition<'a, 'b> {
-    leader: &'a mut Leader<'b>,
-    life: &'a OwnedFd,
-    config: &'a Config,
-    request: &'a StepRequest,
-    environment: &'a Environment,
-    mounts: &'a LayerMounts,
-}
-
-/// Gets the image that the request names.
-pub(super) fn acquire(
-    leader: &mut Leader<'_>,
-    life: &OwnedFd,
-    config: &Config,
-    request: &StepRequest,
-    environment: &Environment,
-    mounts: &LayerMounts,
-) -> Result<AcquiredImage, BrokerError> {
-    let mut acquisition = Acquisition { leader, life, config, request, environment, mounts };
-    match &request.image {
-        Some(ImageSource::Registry { typed, reference }) => acquisition.of_registry(typed, reference),
-        Some(ImageSource::File(path)) => {
-            let image = LocalImage::Path { path: path.clone(), form: None, name: None };
-            acquisition.of_file(&path.display().to_string(), &image)
-        }
-        Some(ImageSource::Local { typed, image: image @ LocalImage::Path { .. } }) => acquisition.of_file(typed, image),
-        Some(ImageSource::Local { typed, image: image @ LocalImage::Engine { .. } }) => {
-            acquisition.of_engine(typed, image)
-        }
-        None => Err(BrokerError::Start("no image".into())),
-    }
+pub(super) struct Acquisition<'a, 'b> {
+    pub leader: &'a mut Leader<'b>,
+    pub life: &'a OwnedFd,
+    pub config: &'a Config,
+    pub request: &'a StepRequest,
+    pub environment: &'a Environment,
+    /// What the collector must leave alone.
+    pub in_use: &'a InUse<'a>,
 }
 
 impl Acquisition<'_, '_> {
+    /// Gets the image that the request names.
+    pub fn acquire(&mut self) -> Result<AcquiredImage, BrokerError> {
+        match &self.request.image {
+            Some(ImageSource::Registry { typed, reference }) => self.of_registry(typed, reference),
+            Some(ImageSource::File(path)) => {
+                let image = LocalImage::Path { path: path.clone(), form: None, name: None };
+                self.of_file(&path.display().to_string(), &image)
+            }
+            Some(ImageSource::Local { typed, image: image @ LocalImage::Path { .. } }) => self.of_file(typed, image),
+            Some(ImageSource::Local { typed, image: image @ LocalImage::Engine { .. } }) => {
+                self.of_engine(typed, image)
+            }
+            None => Err(BrokerError::Start("no image".into())),
+        }
+    }
+
+    /// Gets the image `reference`, which the user does not wait for: he has it already.
+    pub fn again(&mut self, reference: &ImageReference) -> Result<AcquiredImage, ImportError> {
+        let (store, settings) = (Store::open(&self.config.store.path)?, self.config.import_settings());
+        let wanted = AcquireRequest { user: &self.request.user, reference, environment: self.environment };
+        let in_use = self.in_use;
+        self.watch(None, |cancel, events| import::acquire(&store, &settings, wanted, in_use, cancel, events))
+    }
+
     fn of_registry(&mut self, typed: &str, reference: &ImageReference) -> Result<AcquiredImage, BrokerError> {
         self.announce(typed);
         let (store, settings) = (self.store()?, self.config.import_settings());
         let wanted = AcquireRequest { user: &self.request.user, reference, environment: self.environment };
-        let mounts = self.mounts;
+        let in_use = self.in_use;
         let image = self
-            .watch(Some(typed), |cancel, events| import::acquire(&store, &settings, wanted, mounts, cancel, events));
+            .watch(Some(typed), |cancel, events| import::acquire(&store, &settings, wanted, in_use, cancel, events));
         let image = image.map_err(|error| import_error(typed, &error))?;
         self.conclude(typed, &image);
         Ok(image)
@@ -90,13 +91,13 @@ impl Acquisition<'_, '_> {
         let settings = self.config.import_settings();
         let (user, cwd) = (&self.request.user, Path::new(&self.request.cwd));
         let wanted = LocalRequest { user, image, typed, cwd, environment: self.environment };
-        let mounts = self.mounts;
+        let in_use = self.in_use;
         self.watch(announced, |cancel, events| {
             let mut opened = import::open_local(&settings, wanted, cancel, events)?;
             if opened.take_squashfs().is_some() {
                 return Err(ImportError::Source("squashfs files as images are not available yet".into()));
             }
-            import::acquire_local(&store, &settings, wanted, opened, mounts, cancel, events)
+            import::acquire_local(&store, &settings, wanted, opened, in_use, cancel, events)
         })
     }
 

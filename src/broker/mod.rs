@@ -9,10 +9,11 @@
 
 mod image;
 pub mod import;
+mod named;
 mod trace;
 
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -24,17 +25,27 @@ use rustix::process::Pid;
 use rustix::thread::CapabilitySet;
 
 use crate::config::Config;
+use crate::container::kept::KeptContainer;
+use crate::container::record::{Lower, Record};
+use crate::container::running::{Instance, Running};
+use crate::container::{FullName, InUse};
+use crate::image::reference::ImageReference;
+use crate::init::attach::Attach;
 use crate::init::protocol::{FromInit, ToInit};
 use crate::init::{self, Start};
 use crate::namespaces;
-use crate::request::{Environment, PROTOCOL_VERSION, StepRequest};
+use crate::request::{Environment, NameMode, PROTOCOL_VERSION, StepRequest};
 use crate::rootfs::layers::LayerMounts;
-use crate::rootfs::overlay;
+use crate::rootfs::overlay::{self, Upper};
+use crate::store::{LeasedLayer, Store};
 use crate::sys::channel::{self, Channel};
-use crate::sys::memfile;
 use crate::sys::process::{Forked, close_from, die_with_parent, fork, set_capabilities};
+use crate::sys::{self, memfile};
 use crate::task::UserMessage;
-use crate::task::protocol::{MAX_MEMORY_FILE, ToBroker, ToLeader, descriptors};
+use crate::task::protocol::{Entrypoint, MAX_MEMORY_FILE, ToBroker, ToLeader, descriptors};
+use image::Acquisition;
+use import::ImportError;
+use named::{Choice, Joined, Patience};
 
 /// What the broker needs of root's privileges: mounting and entering namespaces; making the scratch layer the user's;
 /// becoming the user and the importer, and mapping their ids (SETFCAP: root's own); writing to a store that root owns; ending what it started.
@@ -72,6 +83,9 @@ enum BrokerError {
     /// Root's part of the start.
     #[error("cannot start container: {0}")]
     Start(String),
+    /// What is asked for does not fit what is there: the text says it all.
+    #[error("{0}")]
+    Refused(String),
     /// Init said why.
     #[error("container init failed")]
     Init(Vec<UserMessage>),
@@ -88,7 +102,7 @@ impl BrokerError {
                 UserMessage::error("printing enroot log file:"),
                 UserMessage::error(format!("    [ERROR] {reason}")),
             ],
-            Self::Start(_) => vec![UserMessage::error(self)],
+            Self::Start(_) | Self::Refused(_) => vec![UserMessage::error(self)],
             Self::Init(messages) => messages,
             Self::Cancelled => vec![],
         }
@@ -163,48 +177,276 @@ fn start(
     let environment = Environment::from_block(&block);
     let config = Config::load(config).map_err(failed("configuration"))?;
     trace::install(leader_channel, config.log.level.into());
-    let began = Instant::now();
 
-    let runtime = &config.runtime.path;
-    let mounts = LayerMounts::open(runtime).map_err(failed("layers"))?;
-    make_directory(&overlay::attach_point(runtime)).map_err(failed("runtime directory"))?;
-    let mut leader = Leader { channel: leader_channel, pid: leader, proceed: None, arrived: false };
+    // Through /proc only its owner and root get at it: whoever joins this container later looks whether the step is over.
+    let _ = rustix::fs::fchmod(&life, Mode::from_raw_mode(0o444));
+    let mounts = LayerMounts::open(&config.runtime.path).map_err(failed("layers"))?;
+    make_directory(&overlay::attach_point(&config.runtime.path)).map_err(failed("runtime directory"))?;
     if !mounts.is_shared() {
         tracing::warn!("every container mounts its layers anew: the kernel lets none be pinned");
     }
-    let image = image::acquire(&mut leader, &life, &config, &request, &environment, &mounts)?;
-    tracing::debug!(manifest = %image.manifest, layers = image.layers.len(), after = ?began.elapsed(), "have the image");
+    let (name, mode) = FullName::of(&request).map_err(|error| BrokerError::Refused(error.to_string()))?.unzip();
+    let running = Running::create(&config.runtime.path, request.user.uid).map_err(failed("running containers"))?;
+    let leader = Leader { channel: leader_channel, pid: leader, proceed: None, arrived: false };
+    let mut step = Step { leader, life, config, request, environment, mounts, name, running, began: Instant::now() };
+    // Another time if the container that this step was to join has ended meanwhile.
+    while !step.start(mode.flatten())? {}
+    Ok(())
+}
 
-    // Init gets ready while the broker mounts.
-    let idmap = namespaces::idmap(&request.user).map_err(failed("idmapped mounts"))?;
-    let (init_channel, init_end) = channel::pair::<ToInit, FromInit>().map_err(failed("container init"))?;
-    let broker = rustix::process::getpid();
-    // SAFETY: the broker has one thread.
-    let init = match unsafe { fork(0) }.map_err(failed("container init"))? {
-        Forked::Child => {
-            let start = Start {
-                request: &request,
-                environment: &environment,
-                image_config: &image.config,
-                settings: &config.container,
-                sysconf: &config.enroot.sysconf_path,
-                runtime,
-                broker,
-                leader: leader.pid.as_raw_nonzero().get(),
-            };
-            init::run(&start, init_end, life, image.layers)
+/// One step's start of a container.
+struct Step<'a> {
+    leader: Leader<'a>,
+    life: OwnedFd,
+    config: Config,
+    request: StepRequest,
+    environment: Environment,
+    mounts: LayerMounts,
+    /// What the container is registered as.
+    name: Option<FullName>,
+    running: Running,
+    began: Instant,
+}
+
+/// What a new root filesystem is made of.
+struct Image {
+    config: Vec<u8>,
+    layers: Vec<LeasedLayer>,
+    /// For those who come later. `None` for what cannot be joined or kept.
+    record: Option<Record>,
+}
+
+/// Where a container's root filesystem comes from.
+enum Root {
+    /// Layers, and an upper layer that goes with the container.
+    Scratch,
+    /// Layers, and an upper layer that is kept; new, or not.
+    Kept(KeptContainer, bool),
+    /// A running container, whose directory stays locked until this one is registered as well.
+    Shared { root: OwnedFd, _lock: Option<KeptContainer> },
+}
+
+impl Step<'_> {
+    /// Whether it worked. It may not only if a container that was to be joined has ended.
+    fn start(&mut self, mode: Option<NameMode>) -> Result<bool, BrokerError> {
+        let choice = match (mode, &self.name) {
+            (Some(mode), Some(name)) => {
+                Some(named::choose(self.patience(), &self.config, &self.request, name, mode, &self.running)?)
+            }
+            _ => None,
+        };
+        let (image, root) = match choice {
+            None => (self.acquire()?, Root::Scratch),
+            Some(Choice::Create(kept)) => (self.acquire()?, Root::Kept(kept, true)),
+            Some(Choice::Reuse(kept, record)) => {
+                tracing::info!("reusing existing container filesystem");
+                (self.image_of(record)?, Root::Kept(kept, false))
+            }
+            Some(Choice::Attach(joined)) => return self.attach(joined),
+            Some(Choice::Share(Joined { pidfd, record, kept, .. })) => {
+                let root = namespaces::running::clone_root(pidfd.as_fd(), &self.request.user)
+                    .map_err(failed("the running container's root filesystem"))?;
+                let Some(root) = root else {
+                    drop(kept);
+                    named::wait_for_end(self.patience(), &pidfd)?;
+                    return Ok(false);
+                };
+                tracing::info!("reusing existing container filesystem");
+                (self.image_of(record)?, Root::Shared { root, _lock: kept })
+            }
+        };
+        self.build(image, root).map(|()| true)
+    }
+
+    fn patience(&self) -> Patience<'_> {
+        Patience { leader: self.leader.channel.as_fd(), life: self.life.as_fd() }
+    }
+
+    /// Starts a container of its own.
+    fn build(&mut self, image: Image, root: Root) -> Result<(), BrokerError> {
+        // Init gets ready while the broker mounts.
+        let idmap = namespaces::idmap(&self.request.user).map_err(failed("idmapped mounts"))?;
+        let (init_channel, init_end) = channel::pair::<ToInit, FromInit>().map_err(failed("container init"))?;
+        let broker = rustix::process::getpid();
+        // SAFETY: the broker has one thread.
+        let init = match unsafe { fork(0) }.map_err(failed("container init"))? {
+            Forked::Child => {
+                let start = self.start_of_init(broker, &image.config);
+                init::run(&start, init_end, &self.life, image.layers)
+            }
+            Forked::Parent(init) => init,
+        };
+        drop(init_end);
+        let registered = self.register(init, image.record.as_ref(), !matches!(root, Root::Scratch))?;
+        let size = self.config.container.scratch_size.as_deref();
+        let upper = match &root {
+            Root::Scratch => Some(Upper::Scratch(size)),
+            Root::Kept(kept, new) => Some(Upper::Kept { directory: kept.directory(), new: *new }),
+            Root::Shared { .. } => None,
+        };
+        let mounted = match upper {
+            Some(upper) => Some(
+                overlay::mount(&self.mounts, &image.layers, &idmap, &self.request.user, upper)
+                    .map_err(|error| BrokerError::Start(error.to_string()))?,
+            ),
+            None => None,
+        };
+        tracing::debug!(after = ?self.began.elapsed(), "mounted the root filesystem");
+        // Whoever comes next finds the container registered. A new one is none before it is whole.
+        let (mounted, new) = match (mounted, root) {
+            (Some(mounted), Root::Kept(kept, true)) => (mounted, Some(kept)),
+            (Some(mounted), _) | (None, Root::Shared { root: mounted, .. }) => (mounted, None),
+            (None, _) => return Err(BrokerError::Start("internal error: no root filesystem".into())),
+        };
+        init_channel.send(&ToInit::Root, &[mounted.as_fd()]).map_err(failed("container init"))?;
+        // The container's own mount keeps all of it alive; closing late would cost the leader time.
+        drop((mounted, idmap));
+        let Some(ready) = self.relay(init, &init_channel)? else {
+            return Err(BrokerError::Start("container init ended unexpectedly".into()));
+        };
+        if let (Some(kept), Some(record)) = (&new, &image.record) {
+            kept.write_record(record).map_err(|error| BrokerError::Start(error.to_string()))?;
         }
-        Forked::Parent(init) => init,
-    };
-    drop(init_end);
-    let size = config.container.scratch_size.as_deref();
-    let root = overlay::mount(&mounts, &image.layers, &idmap, &request.user, size)
-        .map_err(|error| BrokerError::Start(error.to_string()))?;
-    tracing::debug!(after = ?began.elapsed(), "mounted the root filesystem");
-    init_channel.send(&ToInit::Root, &[root.as_fd()]).map_err(failed("container init"))?;
-    // The container's own mount keeps all of it alive; closing late would cost the leader time.
-    drop((root, idmap));
-    relay(&mut leader, &life, init, &init_channel, began)
+        drop(new);
+        self.report(init, ready, registered)
+    }
+
+    fn start_of_init<'a>(&'a self, broker: Pid, image_config: &'a [u8]) -> Start<'a> {
+        Start {
+            request: &self.request,
+            environment: &self.environment,
+            image_config,
+            settings: &self.config.container,
+            sysconf: &self.config.enroot.sysconf_path,
+            runtime: &self.config.runtime.path,
+            broker,
+            leader: self.leader.pid.as_raw_nonzero().get(),
+        }
+    }
+
+    /// Joins a running container; `false` if it has ended.
+    fn attach(&mut self, joined: Joined) -> Result<bool, BrokerError> {
+        let Joined { instance, pidfd, record, kept } = joined;
+        tracing::info!("reusing existing container namespaces");
+        let leases = self.leases(&record)?.unwrap_or_default();
+        let (init_channel, init_end) = channel::pair::<ToInit, FromInit>().map_err(failed("container init"))?;
+        let broker = rustix::process::getpid();
+        // SAFETY: the broker has one thread.
+        let init = match unsafe { fork(0) }.map_err(failed("container init"))? {
+            Forked::Child => {
+                let start = self.start_of_init(broker, &record.config);
+                let attach = Attach { start: &start, instance: &instance, pidfd: &pidfd };
+                init::attach::run(&attach, init_end, &self.life, leases)
+            }
+            Forked::Parent(init) => init,
+        };
+        drop(init_end);
+        let registered = self.register(init, Some(&record), kept.is_some())?;
+        drop((kept, leases));
+        let Some(ready) = self.relay(init, &init_channel)? else {
+            named::wait_for_end(self.patience(), &pidfd)?;
+            return Ok(false);
+        };
+        if !self.request.mounts.is_empty() {
+            self.leader.say(UserMessage::Notice(
+                "pyxis: ignoring --container-mounts when attaching to a running container".into(),
+            ));
+        }
+        self.report(init, ready, registered).map(|()| true)
+    }
+
+    /// Lets others know that `init` runs, or will in a moment. If it `must` be known, not being able to say so is an error.
+    fn register(&self, init: Pid, record: Option<&Record>, must: bool) -> Result<Option<Instance>, BrokerError> {
+        let (Some(name), Some(record)) = (&self.name, record) else { return Ok(None) };
+        match self.running.register(name, init, self.life.as_raw_fd(), record) {
+            Ok(instance) => Ok(Some(instance)),
+            Err(error) if must => Err(failed("registration")(sys::reason(error))),
+            Err(error) => {
+                tracing::warn!("nobody can attach to this container: {}", sys::reason(error));
+                Ok(None)
+            }
+        }
+    }
+
+    /// Tells the leader, and everybody who may join.
+    fn report(&self, init: Pid, ready: Ready, registered: Option<Instance>) -> Result<(), BrokerError> {
+        if let (Some(name), Some(instance)) = (&self.name, registered) {
+            self.running.set_ready(name, &instance).map_err(failed("registration"))?;
+        }
+        let Ready { workdir, entrypoint, cgroup_namespace, descriptors } = ready;
+        let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
+        let wait = entrypoint.is_some();
+        let message = ToLeader::Ready { init: init.as_raw_nonzero().get(), workdir, entrypoint, cgroup_namespace };
+        self.leader.channel.send(&message, &descriptors).map_err(|_| BrokerError::Cancelled)?;
+        if wait { self.stand_by() } else { Ok(()) }
+    }
+
+    /// Waits until the leading task has run the entrypoint, or the step ends: which the task notices because this process
+    /// ends, since the signals of a cancelled step need not reach the task itself.
+    fn stand_by(&self) -> Result<(), BrokerError> {
+        let mut watched = [
+            PollFd::new(self.leader.channel, PollFlags::IN | PollFlags::RDHUP),
+            PollFd::from_borrowed_fd(self.life.as_fd(), PollFlags::empty()),
+        ];
+        rustix::io::retry_on_intr(|| rustix::event::poll(&mut watched, None)).map(drop).map_err(failed("poll"))
+    }
+
+    /// The image that the request names, for a new container.
+    fn acquire(&mut self) -> Result<Image, BrokerError> {
+        let Self { leader, life, config, request, environment, mounts, .. } = self;
+        let in_use = InUse::new(mounts, &config.container.path);
+        let image = Acquisition { leader, life, config, request, environment, in_use: &in_use }.acquire()?;
+        tracing::debug!(manifest = %image.manifest, layers = image.layers.len(), after = ?self.began.elapsed(), "have the image");
+        let record = self.name.as_ref().and_then(|_| named::record(&self.request, &image));
+        Ok(Image { config: image.config, layers: image.layers, record })
+    }
+
+    /// The image of a container that exists. Layers that the store has lost are fetched again.
+    fn image_of(&mut self, record: Record) -> Result<Image, BrokerError> {
+        let layers = match self.leases(&record)? {
+            Some(layers) => layers,
+            None => self.fetch_again(&record)?,
+        };
+        Ok(Image { config: record.config.clone(), layers, record: Some(record) })
+    }
+
+    /// `None` if a layer is not in the store.
+    fn leases(&self, record: &Record) -> Result<Option<Vec<LeasedLayer>>, BrokerError> {
+        let store = Store::open(&self.config.store.path).map_err(failed("image store"))?;
+        record.layers().iter().map(|layer| store.lease(layer)).collect::<Result<_, _>>().map_err(failed("image store"))
+    }
+
+    fn fetch_again(&mut self, record: &Record) -> Result<Vec<LeasedLayer>, BrokerError> {
+        let Lower::Layers { reference, manifest, layers } = &record.lower;
+        let name = self.name.as_ref().map(ToString::to_string).unwrap_or_default();
+        let lost = |reason: String| {
+            BrokerError::Start(format!(
+                "layers of the container {name}, made from {}, are no longer in the store and cannot be had again: \
+                 {reason}; \"pyxis remove {name}\" removes the container",
+                record.image
+            ))
+        };
+        let Some(reference) = reference else { return Err(lost("they came from no registry".into())) };
+        let exact = ImageReference { tag_or_digest: manifest.to_string(), ..reference.clone() };
+        tracing::warn!("layers of the container are no longer in the store: importing {exact} again");
+        let Self { leader, life, config, request, environment, mounts, .. } = self;
+        let in_use = InUse::new(mounts, &config.container.path);
+        let mut acquisition = Acquisition { leader, life, config, request, environment, in_use: &in_use };
+        match acquisition.again(&exact) {
+            Ok(image) if image.layers.iter().map(|layer| &layer.diff_id).eq(layers) => Ok(image.layers),
+            Ok(_) => Err(lost("the registry has other ones now".into())),
+            Err(ImportError::Cancelled { .. }) => Err(BrokerError::Cancelled),
+            Err(error) => Err(lost(error.to_string())),
+        }
+    }
+}
+
+/// What init says when the container can be joined.
+struct Ready {
+    workdir: String,
+    entrypoint: Option<Entrypoint>,
+    cgroup_namespace: Option<bool>,
+    descriptors: Vec<OwnedFd>,
 }
 
 fn read_request(file: File) -> Result<StepRequest, BrokerError> {
@@ -262,63 +504,46 @@ impl Leader<'_> {
     }
 }
 
-/// Carries messages between leader and init until the container is ready; ends with the leader, the step or init.
-fn relay(
-    leader: &mut Leader<'_>,
-    life: &OwnedFd,
-    init: Pid,
-    init_channel: &Channel<ToInit, FromInit>,
-    began: Instant,
-) -> Result<(), BrokerError> {
-    let init = init.as_raw_nonzero().get();
-    let vanished = || BrokerError::Start("container init ended unexpectedly".into());
-    loop {
-        let mut watched = [
-            PollFd::new(leader.channel, PollFlags::IN | PollFlags::RDHUP),
-            PollFd::new(init_channel, PollFlags::IN),
-            PollFd::from_borrowed_fd(life.as_fd(), PollFlags::empty()),
-        ];
-        rustix::io::retry_on_intr(|| rustix::event::poll(&mut watched, None)).map_err(failed("poll"))?;
-        let [from_leader, from_init, life_events] = watched.map(|descriptor| descriptor.revents());
-        if !life_events.is_empty() {
-            return Err(BrokerError::Cancelled);
-        }
-        if !from_init.is_empty() {
-            match init_channel.receive().map_err(failed("container init"))? {
-                Some((FromInit::Say(message), _)) => leader.say(message),
-                Some((FromInit::Started, _)) => {
-                    leader.channel.send(&ToLeader::Started { init }, &[]).map_err(|_| BrokerError::Cancelled)?;
-                }
-                Some((FromInit::Ready { workdir, entrypoint }, descriptors)) => {
-                    tracing::info!("completed container setup in {} ms", began.elapsed().as_millis());
-                    let wait = entrypoint.is_some();
-                    let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
-                    leader
-                        .channel
-                        .send(&ToLeader::Ready { init, workdir, entrypoint }, &descriptors)
-                        .map_err(|_| BrokerError::Cancelled)?;
-                    return if wait { stand_by(leader, life) } else { Ok(()) };
-                }
-                Some((FromInit::Failed { messages }, _)) => return Err(BrokerError::Init(messages)),
-                None => return Err(vanished()),
+impl Step<'_> {
+    /// Carries messages between leader and init until the container is ready; ends with the leader, the step or init.
+    /// `None` if init was to join a container that has ended.
+    fn relay(&mut self, init: Pid, init_channel: &Channel<ToInit, FromInit>) -> Result<Option<Ready>, BrokerError> {
+        let Self { leader, life, began, .. } = self;
+        let init = init.as_raw_nonzero().get();
+        let vanished = || BrokerError::Start("container init ended unexpectedly".into());
+        loop {
+            let mut watched = [
+                PollFd::new(leader.channel, PollFlags::IN | PollFlags::RDHUP),
+                PollFd::new(init_channel, PollFlags::IN),
+                PollFd::from_borrowed_fd(life.as_fd(), PollFlags::empty()),
+            ];
+            rustix::io::retry_on_intr(|| rustix::event::poll(&mut watched, None)).map_err(failed("poll"))?;
+            let [from_leader, from_init, life_events] = watched.map(|descriptor| descriptor.revents());
+            if !life_events.is_empty() {
+                return Err(BrokerError::Cancelled);
             }
-        }
-        if !from_leader.is_empty() {
-            leader.receive()?;
-            if let Some((cgroup_namespace, descriptors)) = leader.proceed.take() {
-                let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
-                init_channel.send(&ToInit::Proceed { cgroup_namespace }, &descriptors).map_err(|_| vanished())?;
+            if !from_init.is_empty() {
+                match init_channel.receive().map_err(failed("container init"))? {
+                    Some((FromInit::Say(message), _)) => leader.say(message),
+                    Some((FromInit::Started, _)) => {
+                        leader.channel.send(&ToLeader::Started { init }, &[]).map_err(|_| BrokerError::Cancelled)?;
+                    }
+                    Some((FromInit::Ready { workdir, entrypoint, cgroup_namespace }, descriptors)) => {
+                        tracing::info!("completed container setup in {} ms", began.elapsed().as_millis());
+                        return Ok(Some(Ready { workdir, entrypoint, cgroup_namespace, descriptors }));
+                    }
+                    Some((FromInit::Gone, _)) => return Ok(None),
+                    Some((FromInit::Failed { messages }, _)) => return Err(BrokerError::Init(messages)),
+                    None => return Err(vanished()),
+                }
+            }
+            if !from_leader.is_empty() {
+                leader.receive()?;
+                if let Some((cgroup_namespace, descriptors)) = leader.proceed.take() {
+                    let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
+                    init_channel.send(&ToInit::Proceed { cgroup_namespace }, &descriptors).map_err(|_| vanished())?;
+                }
             }
         }
     }
-}
-
-/// Waits until the leading task has run the entrypoint, or the step ends: which the task notices because this process
-/// ends, since the signals of a cancelled step need not reach the task itself.
-fn stand_by(leader: &Leader<'_>, life: &OwnedFd) -> Result<(), BrokerError> {
-    let mut watched = [
-        PollFd::new(leader.channel, PollFlags::IN | PollFlags::RDHUP),
-        PollFd::from_borrowed_fd(life.as_fd(), PollFlags::empty()),
-    ];
-    rustix::io::retry_on_intr(|| rustix::event::poll(&mut watched, None)).map(drop).map_err(failed("poll"))
 }

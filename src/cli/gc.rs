@@ -4,12 +4,13 @@
 
 use std::process::ExitCode;
 
+use crate::container::collect::Collected;
 use crate::store::{CollectReport, Goal, PinnedMounts, Store, Watermarks, count, size};
 
 /// Remove layers that no job uses from the store.
 ///
 /// Without --all, layers go only if the store is beyond its high watermark, the longest unused first, until it is down
-/// to the low one. Leftovers of killed imports always go.
+/// to the low one. Leftovers of killed imports and of containers that are not whole always go.
 #[derive(Debug, Clone, clap::Args)]
 pub struct GcArgs {
     /// Remove every layer that no job uses
@@ -29,9 +30,12 @@ pub fn run(
     store: &Store,
     watermarks: Watermarks,
     pinned: &dyn PinnedMounts,
+    containers: Collected,
 ) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let goal = if args.all { Goal::Everything } else { Goal::Watermarks(watermarks) };
-    let report = store.collect(goal, pinned, args.dry_run)?;
+    let mut report = store.collect(goal, pinned, args.dry_run)?;
+    report.removed_records += containers.leftovers;
+    report.problems.extend(containers.problems);
     if args.json {
         println!("{}", serde_json::to_string(&report)?);
     } else {

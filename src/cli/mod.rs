@@ -12,6 +12,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::config::{self, Config};
+use crate::container::{self, InUse};
 use crate::rootfs::layers::LayerMounts;
 use crate::store::Store;
 
@@ -76,5 +77,7 @@ fn collect(args: &gc::GcArgs, config: &Path) -> Result<ExitCode, Box<dyn std::er
     let config = Config::load(config)?;
     let store = Store::open(&config.store.path)?;
     let mounts = LayerMounts::open(&config.runtime.path)?;
-    gc::run(args, &store, config.store.watermarks, &mounts)
+    let in_use = InUse::new(&mounts, &config.container.path);
+    let collected = container::collect::collect(&config.container.path, &config.runtime.path, args.dry_run);
+    gc::run(args, &store, config.store.watermarks, &in_use, collected)
 }

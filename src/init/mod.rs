@@ -5,6 +5,7 @@
 //! process without capabilities that holds the namespaces, for tasks that join late, and the leases of the layers, and
 //! ends when the life pipe hangs up. It runs no user code and is no rank's child.
 
+pub mod attach;
 mod entrypoint;
 mod furnish;
 mod plan;
@@ -14,7 +15,7 @@ mod site;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags};
@@ -80,6 +81,9 @@ enum InitError {
     /// Mounts whose source is not there, in pyxis's words.
     #[error("--container-mounts: source path does not exist: {}", .0.display())]
     MissingSource(PathBuf),
+    /// The running container that was to be joined has ended.
+    #[error("the container has ended")]
+    Gone,
     /// The broker has ended, and with it the reason to go on.
     #[error("the broker has ended")]
     Abandoned,
@@ -90,7 +94,18 @@ fn step<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> InitError {
 }
 
 /// Builds the container, says so, and keeps it until `life` hangs up. Never returns.
-pub fn run(start: &Start<'_>, channel: Channel<FromInit, ToInit>, life: OwnedFd, leases: Vec<LeasedLayer>) -> ! {
+pub fn run(start: &Start<'_>, channel: Channel<FromInit, ToInit>, life: &OwnedFd, leases: Vec<LeasedLayer>) -> ! {
+    let ready = begin(&channel, life, &leases, &[]).and_then(|()| build(start, &channel));
+    stay(ready, channel, life, leases)
+}
+
+/// What every container init does first: it keeps nothing of the broker's but these descriptors.
+fn begin(
+    channel: &Channel<FromInit, ToInit>,
+    life: &OwnedFd,
+    leases: &[LeasedLayer],
+    also: &[BorrowedFd<'_>],
+) -> Result<(), InitError> {
     // The step's signals are for its tasks.
     block_all_signals();
     let _ = rustix::thread::set_name(c"pyxis-init");
@@ -99,24 +114,37 @@ pub fn run(start: &Start<'_>, channel: Channel<FromInit, ToInit>, life: OwnedFd,
     let mut kept = vec![channel.as_fd(), life.as_fd()];
     kept.extend(leases.iter().map(|layer| layer.file.as_fd()));
     kept.extend([rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()]);
-    let built = close_all_but(&kept).map_err(step("close descriptors")).and_then(|()| build(start, &channel)).and_then(
-        |ready| {
-            forget_the_outside().map_err(step("standard streams"))?;
-            let (entrypoint, probe) = ready.entrypoint.unzip();
-            let mut descriptors = vec![ready.environment.as_fd()];
-            descriptors.extend(probe.as_ref().map(|probe| probe.report.as_fd()));
-            channel
-                .send(&FromInit::Ready { workdir: ready.workdir, entrypoint }, &descriptors)
-                .map_err(|_| InitError::Abandoned)?;
-            Ok(probe)
-        },
-    );
-    match built {
+    kept.extend(also);
+    close_all_but(&kept).map_err(step("close descriptors"))
+}
+
+/// Says that the container can be joined, and keeps it until `life` hangs up.
+fn stay(
+    ready: Result<Ready, InitError>,
+    channel: Channel<FromInit, ToInit>,
+    life: &OwnedFd,
+    leases: Vec<LeasedLayer>,
+) -> ! {
+    let told = ready.and_then(|Ready { workdir, environment, entrypoint, cgroup_namespace }| {
+        forget_the_outside().map_err(step("standard streams"))?;
+        let (entrypoint, probe) = entrypoint.unzip();
+        let mut descriptors = vec![environment.as_fd()];
+        descriptors.extend(probe.as_ref().map(|probe| probe.report.as_fd()));
+        channel
+            .send(&FromInit::Ready { workdir, entrypoint, cgroup_namespace }, &descriptors)
+            .map_err(|_| InitError::Abandoned)?;
+        Ok(probe)
+    });
+    match told {
         Ok(probe) => {
             drop(channel);
-            pause(&life);
+            pause(life);
             drop((leases, probe));
             exit_now(0)
+        }
+        Err(InitError::Gone) => {
+            let _ = channel.send(&FromInit::Gone, &[]);
+            exit_now(1)
         }
         Err(error) => {
             let _ = channel.send(&FromInit::Failed { messages: messages(&error) }, &[]);
@@ -142,6 +170,8 @@ struct Ready {
     workdir: String,
     environment: File,
     entrypoint: Option<(Entrypoint, Probe)>,
+    /// See [`FromInit::Ready`].
+    cgroup_namespace: Option<bool>,
 }
 
 fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready, InitError> {
@@ -211,7 +241,7 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     let environment = memfile::sealed("pyxis-environment", &environment.to_block()).map_err(step("environment"))?;
     let probed = |mut entrypoint| Probe::new(&mut entrypoint).map(|probe| (entrypoint, probe));
     let entrypoint = entrypoint.map(probed).transpose().map_err(step("entrypoint"))?;
-    Ok(Ready { workdir: plan::workdir(&image), environment, entrypoint })
+    Ok(Ready { workdir: plan::workdir(&image), environment, entrypoint, cgroup_namespace: None })
 }
 
 fn receive_root(channel: &Channel<FromInit, ToInit>) -> Result<OwnedFd, InitError> {

@@ -7,6 +7,8 @@
 //! broker → Proceed (as the leader sent it)
 //! init   → Ready (+ environment)                or Failed
 //! ```
+//!
+//! An init that joins a running container says `Ready` at once, or `Gone`.
 
 use serde::{Deserialize, Serialize};
 
@@ -38,7 +40,11 @@ pub enum FromInit {
         workdir: String,
         /// What the leading task has to run first.
         entrypoint: Option<Entrypoint>,
+        /// Whether the container has a cgroup namespace, if that is not the leader's to say: it was there before.
+        cgroup_namespace: Option<bool>,
     },
+    /// The running container that init was to join has ended.
+    Gone,
     /// The start failed.
     Failed {
         /// For the user.

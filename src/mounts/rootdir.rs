@@ -89,7 +89,12 @@ impl<'a> RootDir<'a> {
         match made {
             // A link to something that does not exist: that is what has to be made.
             Err(Errno::EXIST) => {
-                let link = rustix::fs::readlinkat(&parent_fd, name, Vec::new()).map_err(|_| Errno::EXIST)?;
+                let link = match rustix::fs::readlinkat(&parent_fd, name, Vec::new()) {
+                    Ok(link) => link,
+                    // Somebody else has made it meanwhile: containers of one name may share a root.
+                    Err(Errno::INVAL) => return Ok(()),
+                    Err(_) => return Err(Errno::EXIST),
+                };
                 let links = links.checked_sub(1).ok_or(Errno::LOOP)?;
                 let target = parent.join(PathBuf::from(std::ffi::OsString::from_vec(link.into_bytes())));
                 match self.open(&target, OFlags::PATH, Mode::empty()) {
@@ -118,8 +123,12 @@ impl<'a> RootDir<'a> {
         Ok(Some(content))
     }
 
-    /// Replaces the content of `path`, made with its parents if it is missing.
+    /// Replaces the content of `path`, made with its parents if it is missing. What is there already is not touched:
+    /// somebody may be reading it.
     pub fn write(&self, path: &str, content: &[u8], mode: u32) -> io::Result<()> {
+        if self.read(path, content.len() as u64).is_ok_and(|found| found.as_deref() == Some(content)) {
+            return Ok(());
+        }
         let path = Path::new(path);
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NONBLOCK;
         let mode = Mode::from_raw_mode(mode);

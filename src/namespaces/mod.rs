@@ -1,6 +1,8 @@
 //! Namespaces: of a container (user_namespaces(7) and those that `--container-unshare` asks for), and the user namespaces
 //! of idmapped mounts.
 
+pub mod running;
+
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;

@@ -14,6 +14,7 @@ pub mod table;
 
 use std::path::PathBuf;
 
+use crate::container::name::{FullName, InvalidName};
 use crate::image::local;
 use crate::image::reference::{ImageReference, InvalidReference};
 use crate::mounts::entry::{InvalidEntry, MountEntry};
@@ -90,6 +91,9 @@ pub enum OptionError {
     /// `--container-name=name:` and an unknown word.
     #[error("--container-name: flag must be \"auto\", \"create\", \"exec\" or \"no_exec\"")]
     NameFlag,
+    /// No container can have the name.
+    #[error(transparent)]
+    Name(#[from] InvalidName),
     /// `--container-save` names a directory.
     #[error("--container-save: target is a directory")]
     SaveTarget,
@@ -337,6 +341,8 @@ fn parse_name(text: &str) -> Result<ContainerName, OptionError> {
         "no_exec" => NameMode::NoExec,
         _ => return Err(OptionError::NameFlag),
     };
+    // Of the job nothing is known yet: where containers end with their job, the node judges again.
+    FullName::new(name, None)?;
     Ok(ContainerName { name: name.to_owned(), mode })
 }
 

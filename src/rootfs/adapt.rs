@@ -2,9 +2,11 @@
 //! (behaviour reference, section 17).
 
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::io::Errno;
 
 use crate::mounts::entry::Create;
 use crate::mounts::rootdir::RootDir;
@@ -29,11 +31,18 @@ pub fn copy_time_zone(root: RootDir<'_>) -> io::Result<()> {
         // A scratch image: it has no libc that would look.
         Err(_) => return Ok(()),
     };
-    match rustix::fs::unlinkat(&etc, "localtime", AtFlags::empty()) {
-        Err(rustix::io::Errno::NOENT) => {}
-        other => other?,
+    let there = rustix::fs::readlinkat(&etc, "localtime", Vec::new());
+    if !there.is_ok_and(|there| there.as_bytes() == link.as_os_str().as_bytes()) {
+        match rustix::fs::unlinkat(&etc, "localtime", AtFlags::empty()) {
+            Err(Errno::NOENT) => {}
+            other => other?,
+        }
+        match rustix::fs::symlinkat(&link, &etc, "localtime") {
+            // By a container that shares this root.
+            Err(Errno::EXIST) => {}
+            other => other?,
+        }
     }
-    rustix::fs::symlinkat(&link, &etc, "localtime")?;
     let zone = Path::new("/etc").join(&link);
     let Some(zone) = zone.to_str() else { return Ok(()) };
     if root.read(zone, MAX_ZONE)?.is_none() {
@@ -46,9 +55,9 @@ pub fn copy_time_zone(root: RootDir<'_>) -> io::Result<()> {
 }
 
 /// The image's working directory exists, also when no layer brings it.
-pub fn make_working_directory(root: RootDir<'_>, path: &str) -> Result<(), rustix::io::Errno> {
+pub fn make_working_directory(root: RootDir<'_>, path: &str) -> Result<(), Errno> {
     match root.mount_point(Path::new(path), Create::No) {
-        Err(rustix::io::Errno::NOENT) => root.ensure_directory(Path::new(path), Mode::from_raw_mode(0o755)),
+        Err(Errno::NOENT) => root.ensure_directory(Path::new(path), Mode::from_raw_mode(0o755)),
         other => other.map(drop),
     }
 }

@@ -95,6 +95,13 @@ pub fn write(root: RootDir<'_>, user: &User, host: &HostUser, remap_root: bool) 
     Ok(login)
 }
 
+/// Who the user is inside a container that runs already: nothing is written.
+pub fn look_up_inside(root: RootDir<'_>, user: &User, host: &HostUser, remap_root: bool) -> io::Result<Login> {
+    let passwd = root.read("/etc/passwd", MAX_FILE)?.unwrap_or_default();
+    let shell = if root.is_executable(&host.shell) { &host.shell } else { SHELL };
+    Ok(passwd_file(&String::from_utf8_lossy(&passwd), user, host, shell, remap_root).1)
+}
+
 /// Copies the regular files of the image's `/etc/skel` to the new directory `home`, as useradd(8) would. What cannot be
 /// copied is left out: no job needs it.
 fn copy_skeleton(root: RootDir<'_>, home: &Path) {

@@ -5,10 +5,10 @@
 //! kernel that can do it at all (overlay takes detached mounts only from 6.15), and by relative names of one to three
 //! digits, because all of them together must fit into one page.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Gid, Mode, Timespec, Timestamps, Uid};
+use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags, Timespec, Timestamps, Uid};
 use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, MountFlags, MountPropagationFlags};
 use rustix::thread::UnshareFlags;
@@ -35,6 +35,20 @@ pub enum OverlayError {
     TooManyLayers(usize),
 }
 
+/// What a container's writes go to.
+#[derive(Debug)]
+pub enum Upper<'a> {
+    /// A tmpfs that goes with the container; with this size, as tmpfs takes it.
+    Scratch(Option<&'a str>),
+    /// The directories [`UPPER`](kept::UPPER) and [`WORK`](kept::WORK) in a directory of the user's.
+    Kept {
+        /// The directory.
+        directory: BorrowedFd<'a>,
+        /// Whether nothing has been written there yet.
+        new: bool,
+    },
+}
+
 /// Makes the root filesystem of a container of `user`'s and returns it as a detached mount.
 ///
 /// `idmap` is a user namespace that maps 0 to the user: so the root-owned files of the layers become his. The calling,
@@ -44,39 +58,61 @@ pub fn mount(
     layers: &[LeasedLayer],
     idmap: &OwnedFd,
     user: &User,
-    scratch_size: Option<&str>,
+    upper: Upper<'_>,
 ) -> Result<OwnedFd, OverlayError> {
     let layers = topmost_first(layers);
     if layers.len() > MAX_LAYERS {
         return Err(OverlayError::TooManyLayers(layers.len()));
     }
+    // In the namespace that the directory is in.
+    let kept = match upper {
+        Upper::Scratch(_) => None,
+        Upper::Kept { directory, .. } => Some(kept_layer(directory)?),
+    };
     mounts.enter(&layers)?;
     // SAFETY: a mount namespace changes no descriptor or memory of this single-threaded process.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.map_err(step("unshare"))?;
     rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .map_err(step("private mounts"))?;
 
-    let scratch = scratch_layer(user, scratch_size)?;
+    let size = match upper {
+        Upper::Scratch(size) => size,
+        Upper::Kept { .. } => Some("1m"),
+    };
     let workspace = Path::new("/scratch");
-    attach_new(&scratch, workspace)?;
+    attach_new(&scratch_layer(user, size)?, workspace)?;
     rustix::process::chdir(workspace).map_err(step("chdir"))?;
+    if let Some(kept) = &kept {
+        attach_new(kept, Path::new("k"))?;
+    }
+    let (upper_path, new, options) = match upper {
+        // volatile: the upper layer never outlives the container, so nothing is gained by syncing it.
+        Upper::Scratch(_) => ("u", true, "upperdir=u,workdir=w,volatile,redirect_dir=on"),
+        // What index adds would tie the upper layer to one mount of its lower ones, and leaves files that are not the user's.
+        Upper::Kept { new, .. } => ("k/upper", new, "upperdir=k/upper,workdir=k/work,redirect_dir=on,index=off"),
+    };
 
     for (index, layer) in layers.iter().enumerate() {
         let clone = clone_tree(CWD.as_fd(), &mount_point(layer), false).map_err(step("open_tree"))?;
         let attributes = Attributes { user_namespace: Some(idmap.as_fd()), ..Attributes::default() };
         set_attributes(clone.as_fd(), &attributes).map_err(step("idmapped mount"))?;
         attach_new(&clone, Path::new(&index.to_string()))?;
-        if index == 0 {
-            inherit_root_attributes(&clone).map_err(step("attributes of /"))?;
+        if index == 0 && new {
+            inherit_root_attributes(&clone, upper_path).map_err(step("attributes of /"))?;
         }
     }
     let lower: Vec<String> = (0..layers.len()).map(|index| index.to_string()).collect();
-    // volatile: the upper layer never outlives the container, so nothing is gained by syncing it.
-    let options = format!("lowerdir={},upperdir=u,workdir=w,volatile,redirect_dir=on", lower.join(":"));
+    let options = format!("lowerdir={},{options}", lower.join(":"));
     rustix::fs::mkdir("m", Mode::from_raw_mode(0o700)).map_err(step("mkdir"))?;
     let options = std::ffi::CString::new(options).map_err(|_| step("options")(Errno::INVAL))?;
-    rustix::mount::mount("pyxis", "m", "overlay", MountFlags::NOSUID | MountFlags::NODEV, options.as_c_str())
-        .map_err(step("overlay (the reason may be in the kernel log)"))?;
+    rustix::mount::mount("pyxis", "m", "overlay", MountFlags::NOSUID | MountFlags::NODEV, options.as_c_str()).map_err(
+        step(match kept {
+            None => "overlay (the reason may be in the kernel log)",
+            Some(_) => {
+                "overlay (container.path must be on a file system that can hold upper layers, such as ext4 or xfs)"
+            }
+        }),
+    )?;
     Ok(clone_tree(CWD.as_fd(), Path::new("m"), false).map_err(step("open_tree"))?)
 }
 
@@ -108,13 +144,26 @@ fn scratch_layer(user: &User, size: Option<&str>) -> Result<OwnedFd, MountError>
     Ok(mount)
 }
 
+/// A detached mount of a kept container's directory. Its user can rename what is in it at any moment, so that no link may
+/// be followed there, wherever it leads.
+fn kept_layer(directory: BorrowedFd<'_>) -> Result<OwnedFd, MountError> {
+    let mount = clone_tree(directory, Path::new(""), false).map_err(step("open_tree"))?;
+    let set = MOUNT_ATTR_NOSYMFOLLOW | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+    set_attributes(mount.as_fd(), &Attributes { set, ..Attributes::default() }).map_err(step("mount_setattr"))?;
+    Ok(mount)
+}
+
+/// `MOUNT_ATTR_NOSYMFOLLOW` of <linux/mount.h> (Linux 5.14).
+const MOUNT_ATTR_NOSYMFOLLOW: u64 = 0x0020_0000;
+
 /// The merged root directory has the attributes of the upper one: give it those of the image's.
-fn inherit_root_attributes(top: &OwnedFd) -> Result<(), Errno> {
+fn inherit_root_attributes(top: &OwnedFd, upper: &str) -> Result<(), Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let upper = rustix::fs::open(upper, flags, Mode::empty())?;
     let status = rustix::fs::fstat(top)?;
-    rustix::fs::chmodat(CWD, "u", Mode::from_raw_mode(status.st_mode & 0o7777), AtFlags::empty())?;
+    rustix::fs::fchmod(&upper, Mode::from_raw_mode(status.st_mode & 0o7777))?;
     let modified = Timespec { tv_sec: status.st_mtime, tv_nsec: status.st_mtime_nsec.cast_signed() };
-    let times = Timestamps { last_access: modified, last_modification: modified };
-    rustix::fs::utimensat(CWD, "u", &times, AtFlags::SYMLINK_NOFOLLOW)
+    rustix::fs::futimens(&upper, &Timestamps { last_access: modified, last_modification: modified })
 }
 
 fn attach_new(mount: &OwnedFd, path: &Path) -> Result<(), MountError> {

@@ -26,6 +26,11 @@ const FORGET_SECONDS: u64 = 90 * 24 * 3600;
 pub trait PinnedMounts {
     /// Unmounts `layer` if it is mounted. The caller makes sure that nobody takes a lease meanwhile.
     fn release(&self, layer: &Digest) -> io::Result<()>;
+
+    /// Whether something on this node needs `layer`, without a lease of it.
+    fn is_kept(&self, _layer: &Digest) -> bool {
+        false
+    }
 }
 
 /// A filling level.
@@ -247,6 +252,10 @@ impl Store {
             report.in_use_layers += 1;
             return Ok(false);
         };
+        if pinned.is_kept(layer) {
+            report.in_use_layers += 1;
+            return Ok(false);
+        }
         if dry_run {
             return Ok(true);
         }

@@ -1,6 +1,7 @@
 //! The layer store: content-addressed EROFS layer images, shared by all users of a node, or of a cluster.
 //!
-//! Read and written only by brokers and `pyxis gc`, as root. Everything below the root directory is 0700.
+//! Read and written only by brokers and `pyxis gc`, as root. Everything below the root directory is 0700; the root
+//! directory itself may be passed through, for the named containers that are kept there by default ([`crate::container`]).
 //!
 //! ```text
 //! /var/lib/pyxis/
@@ -231,8 +232,9 @@ impl Store {
     fn initialise(&self) -> Result<()> {
         for name in self.list("")? {
             let ours = DIRECTORIES.contains(&name.as_str()) || name.starts_with(dir::TEMPORARY);
-            // Another process may have finished just now; a file system of its own has lost+found.
-            if !ours && name != "version" && name != "lost+found" {
+            // Another process may have finished just now; a file system of its own has lost+found; and named containers
+            // are kept there by default.
+            if !ours && !["version", "lost+found", "containers"].contains(&name.as_str()) {
                 return Err(StoreError::Foreign { path: self.path.clone(), found: name });
             }
         }
@@ -266,14 +268,14 @@ impl Store {
     }
 }
 
-/// Parents that do not exist become 0755, the store itself 0700, whatever the umask of the caller.
+/// Parents that do not exist become 0755, the store itself 0711, whatever the umask of the caller.
 fn create_with_parents(path: &Path) -> io::Result<()> {
     if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty())
         && !parent.exists()
     {
         create_directories(parent, Mode::from_raw_mode(0o755))?;
     }
-    create_directories(path, Mode::RWXU)
+    create_directories(path, Mode::from_raw_mode(0o711))
 }
 
 fn create_directories(path: &Path, mode: Mode) -> io::Result<()> {

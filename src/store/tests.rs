@@ -75,8 +75,10 @@ fn a_store_is_made_with_its_parents_and_found_again() {
     let path = directory.path().join("a/b/store");
     let layer = publish(&Store::open(&path).unwrap(), "x", b"content");
     assert_eq!(fs::metadata(directory.path().join("a")).unwrap().mode() & 0o7777, 0o755);
-    for below in ["", "layers", "layers/sha256", "confirmed", "locks"] {
-        assert_eq!(fs::metadata(path.join(below)).unwrap().mode() & 0o7777, 0o700, "{below}");
+    for (below, mode) in
+        [("", 0o711), ("layers", 0o700), ("layers/sha256", 0o700), ("confirmed", 0o700), ("locks", 0o700)]
+    {
+        assert_eq!(fs::metadata(path.join(below)).unwrap().mode() & 0o7777, mode, "{below}");
     }
     assert_eq!(fs::metadata(path.join(layer::layer_path(&layer))).unwrap().mode() & 0o7777, 0o400);
     assert!(Store::open(&path).unwrap().lease(&layer).unwrap().is_some());

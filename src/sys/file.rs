@@ -21,6 +21,26 @@ pub fn has_no_writer(file: BorrowedFd<'_>) -> io::Result<bool> {
     }
 }
 
+/// Lets user `uid` list the directory, or read the file, that `fd` refers to, beside its owner (acl(5)); nobody else may.
+pub fn let_read(fd: BorrowedFd<'_>, uid: u32) -> io::Result<()> {
+    // <linux/posix_acl_xattr.h>: a version, then tag, permissions and id of each entry, in the order of the tags.
+    const ANYBODY: u32 = u32::MAX;
+    let entries: [(u16, u16, u32); 5] = [
+        (0x01, 7, ANYBODY), // the owner
+        (0x02, 5, uid),
+        (0x04, 0, ANYBODY), // the group
+        (0x10, 5, ANYBODY), // most that a named user or group may have
+        (0x20, 0, ANYBODY), // others
+    ];
+    let mut list = 2_u32.to_le_bytes().to_vec();
+    for (tag, permissions, id) in entries {
+        list.extend(tag.to_le_bytes());
+        list.extend(permissions.to_le_bytes());
+        list.extend(id.to_le_bytes());
+    }
+    Ok(rustix::fs::fsetxattr(fd, "system.posix_acl_access", &list, rustix::fs::XattrFlags::empty())?)
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs::File;

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
-use rustix::process::{Pid, Signal};
+use rustix::process::{DumpableBehavior, Pid, Signal};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use crate::request::User;
@@ -59,6 +59,55 @@ pub fn become_user_keeping(user: &User, kept: CapabilitySet) -> io::Result<()> {
     become_user(user)?;
     rustix::thread::set_keep_capabilities(false)?;
     set_capabilities(kept)
+}
+
+/// Runs `f`, in which files are looked up, made and charged as if `user` did it (setfsuid(2)): without root's right to
+/// override permissions, and with his primary group only.
+pub fn with_file_system_identity<T>(user: &User, f: impl FnOnce() -> T) -> T {
+    /// Root's again, also after a panic. Changing the identity makes the process undumpable, and its children's files in
+    /// /proc out of reach.
+    struct Restore(Option<DumpableBehavior>);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            // SAFETY: these calls take a number and change nothing but this thread's credentials.
+            unsafe {
+                libc::setfsuid(libc::geteuid());
+                libc::setfsgid(libc::getegid());
+            }
+            if let Some(before) = self.0 {
+                let _ = rustix::process::set_dumpable_behavior(before);
+            }
+        }
+    }
+    let _restore = Restore(rustix::process::dumpable_behavior().ok());
+    // SAFETY: as above.
+    unsafe {
+        libc::setfsgid(user.gid);
+        libc::setfsuid(user.uid);
+    }
+    f()
+}
+
+/// Runs `f` in a child that is `user` for good and dies with the caller, and waits for it. Whether `f` says that it worked.
+///
+/// # Safety
+///
+/// As for [`fork`].
+pub unsafe fn run_as(user: &User, f: impl FnOnce() -> bool) -> io::Result<bool> {
+    let parent = rustix::process::getpid();
+    // SAFETY: the caller's promise.
+    match unsafe { fork(0) }? {
+        Forked::Child => {
+            // Changing the identity clears the signal.
+            let worked = become_user(user).and_then(|()| die_with_parent(parent)).is_ok() && f();
+            exit_now(i32::from(!worked))
+        }
+        Forked::Parent(child) => {
+            let options = rustix::process::WaitOptions::empty();
+            let status = rustix::io::retry_on_intr(|| rustix::process::waitpid(Some(child), options))?;
+            Ok(status.and_then(|(_, status)| status.exit_status()) == Some(0))
+        }
+    }
 }
 
 /// Sets permitted and effective capabilities to `kept`, inheritable to none.

@@ -8,6 +8,8 @@
 //! broker → Ready (+ the container's environment)       or Failed
 //! ```
 //!
+//! A container that runs already is `Ready` without having `Started`.
+//!
 //! The broker is the only holder of the leader's socket: if it dies, the leader sees end of file.
 
 use serde::{Deserialize, Serialize};
@@ -74,6 +76,9 @@ pub enum ToLeader {
         workdir: String,
         /// What to run first. The broker goes on watching the step meanwhile, until the task hangs up.
         entrypoint: Option<Entrypoint>,
+        /// Whether init is in a cgroup namespace of the container's, if the leader has not made it.
+        #[serde(default)]
+        cgroup_namespace: Option<bool>,
     },
     /// The start failed; why has been said.
     Failed,

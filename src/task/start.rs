@@ -98,7 +98,8 @@ impl StartingContainer {
                     descriptors.extend(namespace.as_ref().map(AsFd::as_fd));
                     let _ = self.channel.send(&ToBroker::Proceed { cgroup_namespace }, &descriptors);
                 }
-                Some((ToLeader::Ready { init, workdir, entrypoint }, descriptors)) => {
+                Some((ToLeader::Ready { init, workdir, entrypoint, cgroup_namespace: there }, descriptors)) => {
+                    let cgroup_namespace = there.unwrap_or(cgroup_namespace);
                     let mut descriptors = descriptors.into_iter();
                     let block = descriptors
                         .next()

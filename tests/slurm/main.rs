@@ -15,6 +15,7 @@ mod jobs;
 mod lifecycle;
 mod mounts;
 mod mpi;
+mod named;
 mod options;
 mod registries;
 mod relay;
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
         ("jobs", jobs::CASES),
         ("mpi", mpi::CASES),
         ("relay", relay::CASES),
+        ("named", named::CASES),
         ("bad_input", bad_input::CASES),
         ("command", command::CASES),
         ("unshare", unshare::CASES),

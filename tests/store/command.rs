@@ -32,7 +32,12 @@ fn gc_says_what_it_does() {
     let used = site.acquire(&importer, 1001, "host.example/two").unwrap();
     let config = site.directory.path().join("pyxis.toml");
     let runtime = Runtime(site.directory.path().join("run"));
-    let text = format!("[store]\npath = {:?}\n[runtime]\npath = {:?}\n", site.store.path(), runtime.0);
+    let containers = site.directory.path().join("containers");
+    let text = format!(
+        "[store]\npath = {:?}\n[runtime]\npath = {:?}\n[container]\npath = {containers:?}\n",
+        site.store.path(),
+        runtime.0
+    );
     std::fs::write(&config, text).unwrap();
     let gc = |arguments: &[&str]| -> Output {
         Command::new(env!("CARGO_BIN_EXE_pyxis"))

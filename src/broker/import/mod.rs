@@ -288,7 +288,7 @@ fn is_fresh(at: u64, confirmation: Duration) -> bool {
 }
 
 /// The reference as the store may know it: secrets are not written down.
-fn without_password(reference: &ImageReference) -> ImageReference {
+pub fn without_password(reference: &ImageReference) -> ImageReference {
     let user = reference.user.as_deref().map(|user| user.split(':').next().unwrap_or_default().to_owned());
     ImageReference { user, ..reference.clone() }
 }

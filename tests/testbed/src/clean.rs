@@ -24,8 +24,8 @@ pub fn check(cluster: &mut Cluster) -> Result<()> {
 }
 
 /// What stays on a node from one step to the next, below the run directory: the namespace with the layers' mounts, its
-/// lock, and the empty directory on which containers see their root.
-const PERMANENT: [&str; 3] = ["mounts", "lock", "root"];
+/// lock, the empty directory on which containers see their root, and which containers run or did lately.
+const PERMANENT: [&str; 4] = ["mounts", "lock", "root", "running"];
 
 fn leftovers(node: &Node) -> Vec<String> {
     let processes = node.processes().into_iter().map(|process| format!("process {process:?}"));

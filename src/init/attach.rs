@@ -1,0 +1,78 @@
+//! A second container init: for a step that joins a container which runs already (behaviour reference, section 6.4).
+//!
+//! It moves into the container's namespaces and changes nothing there: no mount, no file, no hook. Environment and working
+//! directory are computed from the image, as for the first step. Then it pauses like any container init, and so the
+//! namespaces outlive the step that made them for as long as this step's tasks may join.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::process::DumpableBehavior;
+use rustix::thread::{CapabilitySet, ThreadNameSpaceType};
+
+use super::plan::{self, Plan};
+use super::protocol::{FromInit, ToInit};
+use super::site::Site;
+use super::{InitError, Ready, Start, begin, stay, step};
+use crate::container::running::Instance;
+use crate::image::config::ImageConfig;
+use crate::mounts::rootdir::RootDir;
+use crate::namespaces::running::enter_all;
+use crate::rootfs::identity::{self, HostUser};
+use crate::store::LeasedLayer;
+use crate::sys::channel::Channel;
+use crate::sys::memfile;
+use crate::sys::process::{become_user_keeping, die_with_parent};
+
+/// What it knows from the beginning.
+#[derive(Debug)]
+pub struct Attach<'a> {
+    /// As for any init.
+    pub start: &'a Start<'a>,
+    /// The running container.
+    pub instance: &'a Instance,
+    /// Its init.
+    pub pidfd: &'a OwnedFd,
+}
+
+/// Joins the container, says so, and keeps it until `life` hangs up. Never returns.
+pub fn run(attach: &Attach<'_>, channel: Channel<FromInit, ToInit>, life: &OwnedFd, leases: Vec<LeasedLayer>) -> ! {
+    let ready = begin(&channel, life, &leases, &[attach.pidfd.as_fd()]).and_then(|()| join(attach));
+    stay(ready, channel, life, leases)
+}
+
+fn join(attach: &Attach<'_>) -> Result<Ready, InitError> {
+    let Attach { start, instance, pidfd } = attach;
+    let Start { request, environment, broker, .. } = **start;
+    die_with_parent(broker).map_err(step("container init"))?;
+    let host = HostUser::look_up(&request.user, environment);
+    become_user_keeping(&request.user, CapabilitySet::SYS_ADMIN).map_err(step("become the job's user"))?;
+    // Its step may be over although it still runs: what this step asks for is another container then.
+    if instance.is_ending() {
+        return Err(InitError::Gone);
+    }
+    let mut choices = Site::load(start, &host)?.choices;
+    let namespaces = match enter_all(instance.pid(), pidfd.as_fd()) {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ESRCH | libc::ENOENT)) => return Err(InitError::Gone),
+        other => other.map_err(step("join the running container"))?,
+    };
+    // The changes of identity have cleared both; tasks join this process.
+    rustix::process::set_dumpable_behavior(DumpableBehavior::Dumpable).map_err(step("container init"))?;
+    die_with_parent(broker).map_err(step("container init"))?;
+
+    let other = |error: &dyn std::fmt::Display| InitError::Other(error.to_string());
+    let image = ImageConfig::parse(start.image_config).map_err(|error| other(&error))?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open("/", flags, Mode::empty()).map_err(step("the container's root directory"))?;
+    choices.remap_root = rustix::process::geteuid().is_root();
+    let login = identity::look_up_inside(RootDir::new(root.as_fd()), &request.user, &host, choices.remap_root)
+        .map_err(step("/etc/passwd"))?;
+    let plan = Plan::new(request, environment, &image, &host, choices).map_err(|error| other(&error))?;
+    let environment = plan.environment(&image, &login).to_block();
+    Ok(Ready {
+        workdir: plan::workdir(&image),
+        environment: memfile::sealed("pyxis-environment", &environment).map_err(step("environment"))?,
+        entrypoint: None,
+        cgroup_namespace: Some(namespaces.contains(ThreadNameSpaceType::CONTROL_GROUP)),
+    })
+}
