@@ -49,6 +49,12 @@ pub struct RunArgs {
     /// Do not
     #[arg(long)]
     no_container_mount_home: bool,
+    /// Run the image's entrypoint first
+    #[arg(long)]
+    container_entrypoint: bool,
+    /// And show what it prints
+    #[arg(long)]
+    container_entrypoint_log: bool,
     /// Namespaces of its own: NS[,NS...] of net, ipc, uts
     #[arg(long, value_name = "NAMESPACES")]
     container_unshare: Vec<String>,
@@ -132,6 +138,8 @@ fn request(args: &RunArgs, user: User) -> Result<StepRequest, Error> {
         (args.no_container_remap_root, OptionId::NoRemapRoot),
         (args.container_mount_home, OptionId::MountHome),
         (args.no_container_mount_home, OptionId::NoMountHome),
+        (args.container_entrypoint, OptionId::Entrypoint),
+        (args.container_entrypoint_log, OptionId::EntrypointLog),
     ];
     for (_, id) in switches.into_iter().filter(|(given, _)| *given) {
         options.set(id, b"")?;

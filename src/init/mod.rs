@@ -52,7 +52,8 @@ pub struct Start<'a> {
     pub request: &'a StepRequest,
     /// The job's environment.
     pub environment: &'a Environment,
-    /// The image's config, not yet parsed: that is done as the user.
+    /// The image's config, not yet parsed: that is done as the user. Empty for a root filesystem that has none, and which
+    /// files of enroot's describe (`/etc/rc`).
     pub image_config: &'a [u8],
     /// The site's defaults.
     pub settings: &'a ContainerSettings,
@@ -208,7 +209,10 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     attach_at(root.as_fd(), Path::new(".")).map_err(step("bind the root filesystem"))?;
     rustix::process::fchdir(&root).map_err(step("enter the root filesystem"))?;
 
-    let image = ImageConfig::parse(start.image_config).map_err(|error| InitError::Other(error.to_string()))?;
+    let image = match start.image_config {
+        [] => ImageConfig::default(),
+        json => ImageConfig::parse(json).map_err(|error| InitError::Other(error.to_string()))?,
+    };
     let mut furnisher = Furnisher::new(start, &site, &image, &host, root)?;
     let login = furnisher.before_the_task()?;
     // From here on with the task's environment, and the task is in its cgroups.

@@ -32,6 +32,14 @@ fn a_command_runs_in_the_image_as_the_user() {
 }
 
 #[test]
+fn the_entrypoint_prepares_the_environment_of_the_command() {
+    let node = Node::new();
+    let script = "echo $FROM_ENTRYPOINT; read children </proc/$$/task/$$/children; echo \"<$children>\"";
+    assert_eq!(stdout(node.run(&["--container-entrypoint"], script)), "yes\n<>");
+    assert_eq!(stdout(node.run(&[], script)), "\n<>");
+}
+
+#[test]
 fn root_gets_a_user_namespace_like_everybody() {
     let node = Node::new();
     let arguments = ["run", "--user", "root", seed::IMAGE, "sh", "-c", "id -u; cat /proc/self/uid_map | tr -s ' '"];

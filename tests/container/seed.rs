@@ -17,7 +17,7 @@ use tempfile::TempDir;
 const USER: (&str, u32, u32) = ("pyxis-seed", 4242, 4243);
 pub const IMAGE: &str = "seed.test/image:1";
 const CONFIG: &str = r#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]},
-    "config":{"Env":["PATH=/bin","FROM_IMAGE=image","BOTH=image"],"WorkingDir":"/work","Volumes":{"/volume":{}}}}"#;
+    "config":{"Env":["PATH=/bin","FROM_IMAGE=image","BOTH=image"],"WorkingDir":"/work","Entrypoint":["busybox","env","FROM_ENTRYPOINT=yes"],"Volumes":{"/volume":{}}}}"#;
 
 pub struct Node {
     directory: TempDir,

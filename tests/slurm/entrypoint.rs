@@ -15,6 +15,7 @@ use crate::world::{World, sorted};
 pub const CASES: &[Case] = &[
     ("off_by_default", off_by_default),
     ("prepares_environment_and_directory_of_all_tasks", prepares_all_tasks),
+    ("asked_for_by_variables", from_the_environment),
     ("a_site_may_turn_it_on", a_site_may_turn_it_on),
     ("sees_what_container_env_names", sees_what_container_env_names),
     ("is_shown_when_asked_for", is_shown),
@@ -91,6 +92,24 @@ fn prepares_all_tasks(world: &mut World) -> Result<()> {
     assert_eq!(sorted(&output.stderr).len(), 2, "{output}");
     let output = run(world, &image, &["--container-workdir=/bin"], "pwd; echo $SHLVL$OLDPWD")?.success()?;
     assert_eq!(output.stdout.lines().next(), Some("/bin"));
+    Ok(())
+}
+
+fn from_the_environment(world: &mut World) -> Result<()> {
+    let image = preparing(world)?;
+    let run = |variables: &[(&str, &str)], options: &[&str]| -> Result<Output> {
+        let arguments = [&[&*image], options, &["sh", "-c", "echo $FROM_ENTRYPOINT"]].concat();
+        let mut command = world.bed.cluster.command(0, "srun", arguments);
+        process::run(command.envs(variables.iter().copied()), wait::DEADLINE)?.success()
+    };
+    let on = ("PYXIS_CONTAINER_ENTRYPOINT", "1");
+    assert_eq!(run(&[on], &[])?.stdout, "two words\n");
+    assert_eq!(run(&[on], &["--no-container-entrypoint"])?.stdout, "\n");
+    assert_eq!(run(&[("PYXIS_CONTAINER_ENTRYPOINT", "no")], &[ASKED])?.stdout, "two words\n");
+    let shown = |log| {
+        Ok::<_, anyhow::Error>(run(&[on, ("PYXIS_CONTAINER_ENTRYPOINT_LOG", log)], &[])?.stderr.contains("started"))
+    };
+    ensure!(shown("true")? && !shown("0")?, "PYXIS_CONTAINER_ENTRYPOINT_LOG");
     Ok(())
 }
 

@@ -110,6 +110,7 @@ fn each_variable(world: &mut World) -> Result<()> {
     };
     let writes = "touch /x 2>/dev/null && echo written; true";
     let uid = world.user(0).uid.to_string();
+    let network = fs::read_link("/proc/self/ns/net")?.display().to_string();
     for (variables, options, script, expected) in [
         (&[("PYXIS_CONTAINER_WORKDIR", "/etc")][..], &[][..], "pwd", "/etc"),
         (&[("PYXIS_CONTAINER_WRITABLE", "1")], &[], writes, "written"),
@@ -122,6 +123,7 @@ fn each_variable(world: &mut World) -> Result<()> {
         (&[("PYXIS_CONTAINER_MOUNT_HOME", "true")], &[], "[ -d ~/work ] && echo home", "home"),
         (&[("PYXIS_CONTAINER_MOUNT_HOME", "true")], &["--no-container-mount-home"], "ls ~", ""),
         (&[("PYXIS_CONTAINER_UNSHARE", "net")], &[], "ls /sys/class/net", "lo"),
+        (&[("PYXIS_CONTAINER_UNSHARE", "net")], &["--container-unshare=uts"], "readlink /proc/self/ns/net", &network),
         (&[("PYXIS_CONTAINER_ENV", "A=1,B=2")], &[], "echo $A$B", "12"),
         // Replaced, not merged.
         (&[("PYXIS_CONTAINER_ENV", "A=1,B=2")], &["--container-env=A=3"], "echo $A$B", "3"),
