@@ -1,6 +1,6 @@
 //! Extended attributes of an inode, kept as they go to disk.
 
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 use zerocopy::little_endian::{U16, U32};
 
 use super::format::{XATTR_TRUSTED, XATTR_USER, XattrEntry, XattrHeader};
@@ -56,6 +56,20 @@ impl Xattrs {
         Ok(())
     }
 
+    /// Names, with their prefix, and values.
+    pub fn iter(&self) -> impl Iterator<Item = (Vec<u8>, &[u8])> {
+        let mut rest = &self.0[..];
+        std::iter::from_fn(move || {
+            let (entry, behind) = XattrEntry::read_from_prefix(rest).ok()?;
+            let (name, behind) = behind.split_at_checked(entry.name_len.into())?;
+            let value = behind.get(..entry.value_size.get().into())?;
+            let length = (size_of::<XattrEntry>() + name.len() + value.len()).next_multiple_of(4);
+            rest = rest.get(length..).unwrap_or_default();
+            let prefix: &[u8] = if entry.name_index == XATTR_USER { b"user." } else { b"trusted." };
+            Some(([prefix, name].concat(), value))
+        })
+    }
+
     /// Bytes behind the inode, header included; 0 without attributes.
     pub fn size(&self) -> usize {
         if self.0.is_empty() { 0 } else { size_of::<XattrHeader>() + self.0.len() }
@@ -90,6 +104,8 @@ mod tests {
         assert_eq!((xattrs.size(), xattrs.icount().get()), (12 + 8 + 20, 8));
         let mut bytes = vec![0xff; xattrs.size()];
         xattrs.encode(&mut bytes);
+        let all: Vec<_> = xattrs.iter().collect();
+        assert_eq!(all, [(b"user.a".to_vec(), &b"bc"[..]), (b"trusted.overlay.opaque".to_vec(), b"y")]);
         assert_eq!(bytes[..12], [0; 12]);
         assert_eq!(&bytes[12..], b"\x01\x01\x02\0abc\0\x0e\x04\x01\0overlay.opaquey\0");
     }

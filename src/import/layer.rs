@@ -289,7 +289,7 @@ impl<'a> Layer<'a> {
 }
 
 /// The attributes of an entry's inode.
-fn attributes(entry: &Entry) -> Attributes {
+pub(super) fn attributes(entry: &Entry) -> Attributes {
     let mode = match entry.kind {
         Kind::Directory => entry.mode | 0o700,
         Kind::Symlink { .. } => 0o777,

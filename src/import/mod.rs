@@ -7,6 +7,7 @@
 
 mod error;
 mod layer;
+pub mod merge;
 mod path;
 pub(crate) mod tar;
 

@@ -58,7 +58,7 @@ pub fn import(
     limits: &LayerLimits,
     progress: impl FnMut(u64) + Send,
 ) -> Result<LayerSummary, ImportError> {
-    import_stages(blob, Some(&descriptor.blob), &descriptor.diff_id, out, limits, progress)
+    stream(blob, Some(&descriptor.blob), &descriptor.diff_id, progress, |tar| write_layer(tar, out, limits))
 }
 
 /// The same for a layer whose blob has no digest of its own, as in an archive of `docker save`: the diffID tells whether
@@ -70,17 +70,19 @@ pub fn import_by_diff_id(
     limits: &LayerLimits,
     progress: impl FnMut(u64) + Send,
 ) -> Result<LayerSummary, ImportError> {
-    import_stages(blob, None, diff_id, out, limits, progress)
+    stream(blob, None, diff_id, progress, |tar| write_layer(tar, out, limits))
 }
 
-fn import_stages(
+/// Gives `consume` the uncompressed stream of the layer whose blob `blob` reads. The blob's digest, if it has one, and the
+/// diffID have been checked if this succeeds, not before: `consume` has to read to the end, and what it made is of no use
+/// otherwise.
+pub fn stream<T>(
     mut blob: impl Read + Send,
     digest: Option<&Digest>,
     diff_id: &Digest,
-    out: &File,
-    limits: &LayerLimits,
     mut progress: impl FnMut(u64) + Send,
-) -> Result<LayerSummary, ImportError> {
+    consume: impl FnOnce(Reader) -> Result<T, LayerError>,
+) -> Result<T, ImportError> {
     let (to_inflate, from_download) = pipe::pipe();
     let (to_tar, from_inflate) = pipe::pipe();
     thread::scope(|scope| {
@@ -92,7 +94,7 @@ fn import_stages(
             .spawn_scoped(scope, move || inflate(from_download, to_tar, diff_id))
             .map_err(ImportError::Thread)?;
         // Consumes the reader: the other stages fail if this one does.
-        let written = write_layer(from_inflate, out, limits).map_err(|error| match error {
+        let written = consume(from_inflate).map_err(|error| match error {
             LayerError::Read(error) if pipe::is_broken(&error) => Broken.into(),
             error => ImportError::Layer(error),
         });
