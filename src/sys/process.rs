@@ -187,6 +187,14 @@ pub fn children() -> io::Result<Vec<Pid>> {
     }
 }
 
+/// Lets the process have as many open files as it may: for walking trees that are deep.
+pub fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    // With the old limit it works, too, for most trees.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+}
+
 /// Blocks every signal that can be blocked.
 pub fn block_all_signals() {
     // SAFETY: the set is initialised by sigfillset before it is used.
