@@ -41,6 +41,7 @@ test: prerequisites
 prerequisites:
 	packaging/prerequisites
 
+# Scripts call enroot: they find pyxis there, unless a real one is.
 # Installs beside what is running: files are replaced by renaming, because step managers have the old ones mapped.
 .PHONY: install
 install: $(PLUGIN) $(EXECUTABLE)
@@ -50,6 +51,7 @@ install: $(PLUGIN) $(EXECUTABLE)
 	mv -f $(DESTDIR)$(plugin).new $(DESTDIR)$(plugin)
 	install -m 0755 $(EXECUTABLE) $(DESTDIR)$(executable).new
 	mv -f $(DESTDIR)$(executable).new $(DESTDIR)$(executable)
+	test -e $(DESTDIR)$(PREFIX)/bin/enroot || ln -s pyxis $(DESTDIR)$(PREFIX)/bin/enroot
 	sed -n 's|^required .*|required $(plugin)$(arguments)|p' plugstack.conf.d/pyxis.conf > $(DESTDIR)$(PREFIX)/share/pyxis/.pyxis.conf.new
 	mv -f $(DESTDIR)$(PREFIX)/share/pyxis/.pyxis.conf.new $(DESTDIR)$(PREFIX)/share/pyxis/pyxis.conf
 	test -e $(DESTDIR)$(config) || install -m 0644 packaging/pyxis.toml $(DESTDIR)$(config)

@@ -45,6 +45,11 @@ fn a_package_gets_the_four_files() {
     assert_eq!(files(root.path()), expected.map(|(path, mode)| (path.to_owned(), mode)).into());
     let line = fs::read_to_string(root.path().join("usr/share/pyxis/pyxis.conf")).unwrap();
     assert_eq!(line, "required /usr/lib/spank-pyxis/spank_pyxis.so\n");
+    let enroot = root.path().join("usr/bin/enroot");
+    assert_eq!(fs::read_link(&enroot).unwrap(), Path::new("pyxis"));
+    // A real one stays.
+    fs::remove_file(&enroot).unwrap();
+    fs::write(&enroot, "real").unwrap();
 
     // Again: an administrator's configuration stays, running processes keep the file that they have mapped.
     let config = root.path().join("etc/pyxis/pyxis.toml");
@@ -55,7 +60,8 @@ fn a_package_gets_the_four_files() {
     install(&destination);
     assert_eq!(fs::read_to_string(&config).unwrap(), "# mine\n");
     assert_ne!(inode(), before);
-    assert_eq!(files(root.path()).len(), 4);
+    assert_eq!(fs::read(&enroot).unwrap(), b"real");
+    assert_eq!(files(root.path()).len(), 5);
 }
 
 #[test]

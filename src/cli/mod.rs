@@ -1,10 +1,12 @@
 //! The `pyxis` executable: subcommands that people type, and the internal roles, which are started under names of their
-//! own so that they stay off the path through the command-line parser.
+//! own so that they stay off the path through the command-line parser. Called `enroot`, it is enroot.
 
 mod doctor;
+mod enroot;
 pub mod gc;
 mod run;
 
+use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -24,6 +26,8 @@ pub const IMPORTER: &str = "pyxis-importer";
 pub const CREDENTIALS: &str = "pyxis-credentials";
 /// `argv[0]` of the process that opens the user's own images; see [`crate::source`].
 pub const SOURCE: &str = "pyxis-source";
+/// `argv[0]` under which scripts written for enroot find its commands.
+pub const ENROOT: &str = "enroot";
 
 /// Containers in Slurm steps, and on this machine.
 #[derive(Debug, Parser)]
@@ -44,6 +48,8 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Remove layers that no job uses from the store
     Gc(gc::GcArgs),
+    #[command(flatten)]
+    Enroot(enroot::Command),
 }
 
 /// Entry point of the `pyxis` executable.
@@ -55,22 +61,41 @@ pub fn main() -> ExitCode {
         Some(role) if role == IMPORTER.as_bytes() => crate::broker::import::importer_role(arguments),
         Some(role) if role == CREDENTIALS.as_bytes() => crate::broker::import::credentials_role(arguments),
         Some(role) if role == SOURCE.as_bytes() => crate::broker::import::source_role(arguments),
+        Some(name) if name == ENROOT.as_bytes() => enroot::main(),
         _ => typed(),
     }
 }
 
 /// A command that somebody typed.
 fn typed() -> ExitCode {
-    let arguments = Arguments::parse();
-    let result = match &arguments.command {
-        Command::Run(run) => run::run(run, &arguments.config),
-        Command::Doctor(doctor) => doctor::run(doctor, &arguments.config),
-        Command::Gc(gc) => collect(gc, &arguments.config),
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) if first_word().is_some_and(|word| enroot::is_command(&word)) => return enroot::usage(&error),
+        Err(error) => error.exit(),
+    };
+    let result = match arguments.command {
+        Command::Run(run) => run::run(&run, &arguments.config),
+        Command::Doctor(doctor) => doctor::run(&doctor, &arguments.config),
+        Command::Gc(gc) => collect(&gc, &arguments.config),
+        Command::Enroot(command) => return enroot::run(command, &arguments.config, enroot::CalledAs::Pyxis),
     };
     result.unwrap_or_else(|error| {
         eprintln!("pyxis: {error}");
         ExitCode::FAILURE
     })
+}
+
+/// The subcommand, as far as it can be told from a command line with mistakes in it.
+fn first_word() -> Option<OsString> {
+    let mut words = std::env::args_os().skip(1);
+    while let Some(word) = words.next() {
+        if word == "--config" {
+            words.next();
+        } else if !word.as_bytes().starts_with(b"-") {
+            return Some(word);
+        }
+    }
+    None
 }
 
 fn collect(args: &gc::GcArgs, config: &Path) -> Result<ExitCode, Box<dyn std::error::Error>> {

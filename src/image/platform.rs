@@ -37,6 +37,34 @@ impl Platform {
         Self { os: "linux".to_owned(), architecture: architecture.to_owned(), variant }
     }
 
+    /// What a machine runs whose architecture is `name`: in Go's words (`arm64`), or in uname(1)'s (`aarch64`). `None` if it
+    /// is neither.
+    pub fn of(name: &str) -> Option<Self> {
+        let architecture = match name {
+            "amd64" | "x86_64" => "amd64",
+            "arm64" | "aarch64" => "arm64",
+            "arm" | "armhf" | "armv7l" => "arm",
+            "ppc64le" | "ppc64el" => "ppc64le",
+            "riscv64" | "s390x" | "386" | "loong64" => name,
+            _ => return None,
+        };
+        let host = Self::host();
+        if host.architecture == architecture {
+            return Some(host);
+        }
+        let variant = match architecture {
+            "amd64" => Some("v1"),
+            "arm64" => Some("v8"),
+            "arm" => Some("v7"),
+            _ => None,
+        };
+        Some(Self {
+            os: host.os,
+            architecture: architecture.to_owned(),
+            variant: variant.map(str::to_owned),
+        })
+    }
+
     /// How well an image for `candidate` runs here: higher is better, `None` is not at all.
     pub fn rank(&self, candidate: &Platform) -> Option<u32> {
         if candidate.os != self.os || candidate.architecture != self.architecture {
@@ -118,6 +146,22 @@ mod tests {
         ] {
             assert_eq!(platform(host).rank(&platform(candidate)), rank, "{candidate} on {host}");
         }
+    }
+
+    #[test]
+    fn machines_are_named_in_two_ways() {
+        for (name, platform) in [
+            ("arm64", Some("linux/arm64/v8")),
+            ("aarch64", Some("linux/arm64/v8")),
+            ("ppc64el", Some("linux/ppc64le")),
+            ("sparc", None),
+        ] {
+            let known = Platform::of(name).filter(|platform| platform.architecture != Platform::host().architecture);
+            if platform.is_none() || known.is_some() {
+                assert_eq!(known.map(|platform| platform.to_string()).as_deref(), platform, "{name}");
+            }
+        }
+        assert_eq!(Platform::of(&Platform::host().architecture), Some(Platform::host()));
     }
 
     #[test]

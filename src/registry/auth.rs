@@ -18,6 +18,7 @@ use super::config::Endpoint;
 use super::credentials::{Credential, CredentialSet};
 use super::error::RegistryError;
 use super::http::{host_of, parse_url};
+use super::{AUTHENTICATED, PROGRESS};
 
 /// Most bytes of a token server's answer.
 pub(super) const MAX_TOKEN_BYTES: u64 = 1024 * 1024;
@@ -124,6 +125,7 @@ impl Authenticator {
                 return Err(self.refused(&state, String::new()));
             }
             let credential = self.find(&self.endpoint.host)?.ok_or_else(|| self.missing())?;
+            announce(Some(&credential));
             State {
                 generation: generation + 1,
                 header: Some(basic(&credential)?),
@@ -135,7 +137,13 @@ impl Authenticator {
             let reason = if schemes.is_empty() { "401 without a challenge".to_owned() } else { schemes.join(", ") };
             return Err(self.unsupported(&reason));
         };
+        tracing::info!(target: PROGRESS, "{AUTHENTICATED}");
         Ok(())
+    }
+
+    /// Whether the registry has asked who we are.
+    pub fn was_asked(&self) -> bool {
+        self.state().header.is_some()
     }
 
     /// The error for a request that the registry refuses for good, with 401 or 403.
@@ -205,6 +213,7 @@ impl Authenticator {
         get_token: impl Fn(&TokenRequest) -> Result<Vec<u8>, RegistryError>,
     ) -> Result<State, RegistryError> {
         let request = self.token_request(challenge)?;
+        announce(request.credential.as_ref());
         let asked = Instant::now();
         let answer: TokenAnswer = serde_json::from_slice(&get_token(&request)?)
             .map_err(|_| self.unsupported("the answer of its token server is malformed"))?;
@@ -266,6 +275,15 @@ fn percent_encode(text: &str, url: &mut String) {
         } else {
             url.push_str(&format!("%{byte:02X}"));
         }
+    }
+}
+
+/// Says as whom we ask.
+fn announce(credential: Option<&Credential>) {
+    let user = credential.map_or("<anonymous>", |credential| &credential.user);
+    tracing::info!(target: PROGRESS, "Authenticating with user: {user}");
+    if let Some(credential) = credential {
+        tracing::info!(target: PROGRESS, "Using credentials from file: {}", credential.file);
     }
 }
 

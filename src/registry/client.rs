@@ -69,6 +69,11 @@ impl Client {
         &self.endpoint
     }
 
+    /// Whether the registry has asked who we are, and believed it.
+    pub(super) fn is_authenticated(&self) -> bool {
+        self.auth.was_asked()
+    }
+
     pub(super) fn network(&self) -> &NetworkConfig {
         &self.network
     }

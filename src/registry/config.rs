@@ -136,10 +136,19 @@ impl RegistryConfig {
         Ok(())
     }
 
+    /// Plain HTTP for the registry that `reference` names.
+    pub fn allow_http(&mut self, reference: &ImageReference) {
+        match self.registry.iter_mut().find(|(name, _)| is_registry_of(name, reference)) {
+            Some((_, entry)) => entry.insecure = true,
+            None => {
+                let entry = RegistryEntry { insecure: true, ..RegistryEntry::default() };
+                self.registry.insert(reference.registry.clone(), entry);
+            }
+        }
+    }
+
     fn entry(&self, reference: &ImageReference) -> Option<&RegistryEntry> {
-        let is_named =
-            |name: &str| name == reference.registry || (is_docker_hub(name) && is_docker_hub(&reference.registry));
-        self.registry.iter().find(|(name, _)| is_named(name)).map(|(_, entry)| entry)
+        self.registry.iter().find(|(name, _)| is_registry_of(name, reference)).map(|(_, entry)| entry)
     }
 
     /// The mirrors to ask for `reference`, in order, before the registry itself.
@@ -162,6 +171,11 @@ impl RegistryConfig {
             mirror: false,
         }
     }
+}
+
+/// Whether a table called `name` is about the registry of `reference`: Docker Hub has several names.
+fn is_registry_of(name: &str, reference: &ImageReference) -> bool {
+    name == reference.registry || (is_docker_hub(name) && is_docker_hub(&reference.registry))
 }
 
 impl Mirror {

@@ -18,6 +18,11 @@ use sha2::{Digest as _, Sha256};
 
 use crate::image::digest::Digest;
 
+/// The target of the events that tell how far an image is, in the words of enroot: for whoever shows them to a user.
+pub const PROGRESS: &str = "spank_pyxis::registry::progress";
+/// The last word of an authentication, as an event of [`PROGRESS`].
+pub const AUTHENTICATED: &str = "Authentication succeeded";
+
 /// The digest of `bytes`.
 pub fn sha256(bytes: &[u8]) -> Digest {
     Digest::from_bytes(Sha256::digest(bytes).into())

@@ -5,6 +5,7 @@
 use super::client::{Client, ManifestBytes};
 use super::config::{Endpoint, NetworkConfig, RegistryConfig};
 use super::credentials::CredentialSet;
+use super::PROGRESS;
 use super::error::RegistryError;
 use crate::image::config::{ImageConfig, MAX_CONFIG_BYTES};
 use crate::image::digest::Digest;
@@ -63,6 +64,7 @@ pub fn resolve(
 
 fn resolve_at(client: Client, reference: &ImageReference, platform: &Platform) -> Result<Resolved, RegistryError> {
     let image = reference.to_string();
+    tracing::info!(target: PROGRESS, "Querying registry for permission grant");
     let first = client.manifest(&reference.tag_or_digest).map_err(|error| match error {
         error if error.is_not_found() => RegistryError::ImageNotFound {
             image: image.clone(),
@@ -71,6 +73,10 @@ fn resolve_at(client: Client, reference: &ImageReference, platform: &Platform) -
         },
         error => error,
     })?;
+    if !client.is_authenticated() {
+        tracing::info!(target: PROGRESS, "Permission granted");
+    }
+    tracing::info!(target: PROGRESS, "Fetching image manifest list");
     let (manifest_digest, manifest) = choose(&client, &image, first, platform)?;
     let config_bytes = client.small_blob(&manifest.config, MAX_CONFIG_BYTES)?;
     let config =
@@ -103,6 +109,7 @@ fn choose(
 ) -> Result<(Digest, Manifest), RegistryError> {
     let wrong = |source: ManifestError| RegistryError::Manifest { image: image.to_owned(), source };
     let mut document = first;
+    tracing::info!(target: PROGRESS, "Fetching image manifest");
     for _ in 0..MAX_DOCUMENTS {
         match Document::parse(&document.bytes, document.content_type.as_deref()).map_err(wrong)? {
             Document::Manifest(manifest) => return Ok((document.digest, manifest)),

@@ -118,7 +118,7 @@ pub fn finish(blocks: Blocks, tree: Tree, options: &Options, now: u32) -> io::Re
         | flag(!(options.compress_ids && options.compress_inodes), STORED_IDS);
     let mut superblock = Bytes::with_capacity(SUPERBLOCK);
     superblock.u32(MAGIC);
-    superblock.u32(tree.len() as u32);
+    superblock.u32(references.len() as u32);
     superblock.u32(now);
     superblock.u32(options.block_size as u32);
     superblock.u32(blocks.fragments.len() as u32);

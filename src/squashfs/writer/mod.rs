@@ -101,7 +101,7 @@ pub enum Entry {
     Other,
 }
 
-/// An image being written: entries may come in any order, each path once. Directories on the way are made, with mode 0755
+/// An image being written: entries may come in any order, each path once unless it is removed. Directories on the way are made, with mode 0755
 /// until [`Writer::directory`] says otherwise. Paths are relative to the root, with or without `/` in front.
 #[derive(Debug)]
 pub struct Writer {
@@ -176,6 +176,11 @@ impl Writer {
     /// Gives what is at `target`, no directory, the name `path`, too.
     pub fn hard_link(&mut self, path: &[u8], target: &[u8]) -> Result<(), Error> {
         self.tree.link(path, target, self.now)
+    }
+
+    /// Removes what is at `path`, with everything below. Data that was written stays in the image, without a name.
+    pub fn remove(&mut self, path: &[u8]) {
+        self.tree.remove(path);
     }
 
     /// Writes the rest. The file is complete, but not synchronised with the disk.

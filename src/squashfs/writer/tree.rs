@@ -105,6 +105,30 @@ impl Tree {
         Ok(())
     }
 
+    /// Takes the name `path` away, and all names below.
+    pub fn remove(&mut self, path: &[u8]) {
+        let mut names = components(path).peekable();
+        let mut directory = NodeId::ROOT;
+        let mut gone = Vec::new();
+        while let Some(name) = names.next() {
+            let Kind::Directory(entries) = &mut self.nodes[directory.index()].kind else { return };
+            if names.peek().is_none() {
+                gone.extend(entries.remove(name));
+            } else if let Some(&id) = entries.get(name) {
+                directory = id;
+            } else {
+                return;
+            }
+        }
+        while let Some(id) = gone.pop() {
+            let node = &mut self.nodes[id.index()];
+            node.links -= 1;
+            if let Kind::Directory(entries) = &mut node.kind {
+                gone.extend(std::mem::take(entries).into_values());
+            }
+        }
+    }
+
     /// The directory that `path` is in, made if it is missing, and the last name of `path`, which is free in it.
     fn place<'a>(&mut self, path: &'a [u8], now: u32) -> Result<(NodeId, &'a [u8]), Error> {
         let invalid = |name: &[u8]| name == b".." || name.len() > NAME_MAX || name.contains(&0);

@@ -1,0 +1,152 @@
+//! The commands of enroot (behaviour reference, section 11), under their own names and as `enroot`: for users and their
+//! scripts, on compute and login nodes alike. They need no privilege, no store and no daemon.
+//!
+//! One file each. Progress and errors go to standard error, results to standard output.
+
+#![forbid(unsafe_code)]
+
+mod digest;
+mod import;
+mod info;
+mod list;
+mod remove;
+mod say;
+mod settings;
+
+use std::ffi::OsStr;
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use crate::config::{self, Config};
+use crate::enroot::conf::{EnrootConf, Identity};
+use crate::request::Environment;
+
+/// The version whose behaviour the commands have.
+const ENROOT_VERSION: &str = "4.2.0";
+
+/// What may go wrong: one line.
+type Error = Box<dyn std::error::Error>;
+
+/// As whom somebody called us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CalledAs {
+    /// `pyxis COMMAND`
+    Pyxis,
+    /// `enroot COMMAND`
+    Enroot,
+}
+
+/// Simple containers without privileges.
+#[derive(Debug, Parser)]
+#[command(name = "enroot", max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Import an image into a squashfs file
+    Import(import::ImportArgs),
+    /// Import an image into a container root filesystem
+    Load(import::LoadArgs),
+    /// Print the digest of an image
+    Digest(digest::DigestArgs),
+    /// List container root filesystems
+    List(list::ListArgs),
+    /// Delete container root filesystems
+    Remove(remove::RemoveArgs),
+    /// Show the settings in force
+    Info,
+    /// Print the version
+    Version,
+    /// Not provided
+    #[command(hide = true, disable_help_flag = true)]
+    Bundle(Anything),
+    /// Not provided
+    #[command(hide = true, disable_help_flag = true)]
+    Batch(Anything),
+}
+
+/// Arguments of a command that is not provided.
+#[derive(Debug, clap::Args)]
+pub struct Anything {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    _arguments: Vec<std::ffi::OsString>,
+}
+
+/// What every command works with.
+#[derive(Debug)]
+struct Context {
+    /// Registries and limits of the site.
+    config: Config,
+    /// `ENROOT_*`.
+    settings: EnrootConf,
+    /// The process's.
+    environment: Environment,
+    /// Who runs the command.
+    identity: Identity,
+}
+
+/// Whether `word` is a command of enroot's.
+pub fn is_command(word: &OsStr) -> bool {
+    let word = word.to_str();
+    Arguments::command().get_subcommands().any(|command| Some(command.get_name()) == word)
+}
+
+/// Prints help, or what is wrong with a command line and how it should be: to that, scripts expect exit code 1.
+pub fn usage(error: &clap::Error) -> ExitCode {
+    // Nobody is there to be told that nobody listens.
+    let _ = error.print();
+    if error.use_stderr() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+/// The executable, called as `enroot`.
+pub fn main() -> ExitCode {
+    match Arguments::try_parse() {
+        Ok(arguments) => run(arguments.command, Path::new(config::DEFAULT_PATH), CalledAs::Enroot),
+        Err(error) => usage(&error),
+    }
+}
+
+/// Runs one command.
+pub fn run(command: Command, config: &Path, called_as: CalledAs) -> ExitCode {
+    say::follow_the_registry();
+    dispatch(command, config, called_as).unwrap_or_else(|error| {
+        say::error(error);
+        ExitCode::FAILURE
+    })
+}
+
+fn dispatch(command: Command, config: &Path, called_as: CalledAs) -> Result<ExitCode, Error> {
+    let context = || -> Result<Context, Error> {
+        let environment: Environment = std::env::vars_os().map(|(name, value)| settings::join(name, value)).collect();
+        let (config, identity) = (Config::load(config)?, settings::identity()?);
+        let settings = settings::load(&config, &environment, &identity)?;
+        Ok(Context { config, settings, environment, identity })
+    };
+    match command {
+        Command::Import(args) => import::import(&args, &context()?),
+        Command::Load(args) => import::load(&args, &context()?),
+        Command::Digest(args) => digest::run(&args, &context()?),
+        Command::List(args) => list::run(&args, &context()?),
+        Command::Remove(args) => remove::run(&args, &context()?),
+        Command::Info => info::run(&context()?),
+        Command::Version => {
+            match called_as {
+                CalledAs::Pyxis => say::line(format_args!("pyxis {}", env!("CARGO_PKG_VERSION")))?,
+                CalledAs::Enroot => say::line(ENROOT_VERSION)?,
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Bundle(_) => Err("enroot bundle is not provided: export the container to a squashfs file, and start \
+                                   that with pyxis start FILE"
+            .into()),
+        Command::Batch(_) => {
+            Err("enroot batch is not provided: start the container with pyxis start --conf FILE NAME".into())
+        }
+    }
+}

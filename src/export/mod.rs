@@ -1,0 +1,2 @@
+//! Export.
+pub mod target;

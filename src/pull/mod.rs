@@ -1,0 +1,102 @@
+//! Images for who runs a command, as himself: from a registry through his own cache into one tree, a squashfs file or a
+//! directory. `pyxis import` and `pyxis load`.
+//!
+//! ```text
+//! registry ─▶ cache ─▶ sha256 ─▶ inflate ─▶ sha256 ─▶ merge ─▶ sink
+//!  several layers at once         one layer after the other, topmost first
+//! ```
+
+#![forbid(unsafe_code)]
+
+pub mod cache;
+mod fetch;
+mod sinks;
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io;
+
+pub use fetch::Fetch;
+pub use sinks::{DirectorySink, SquashfsSink};
+
+use crate::enroot::generated;
+use crate::image::config::ImageConfig;
+use crate::image::digest::Digest;
+use crate::import::merge::{Merge, Sink};
+use crate::import::{LayerError, LayerLimits};
+use crate::importer::layer::{ImportError, stream};
+use crate::importer::protocol::LayerDescriptor;
+use crate::registry::error::RegistryError;
+use crate::sys;
+use cache::CacheError;
+
+/// Why there is no image.
+#[derive(Debug, thiserror::Error)]
+pub enum PullError {
+    /// The registry.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// The user's cache.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// A layer.
+    #[error("layer {digest}: {cause}")]
+    Layer {
+        /// Of its blob.
+        digest: Digest,
+        /// What is wrong with it.
+        cause: ImportError,
+    },
+    /// The result.
+    #[error("cannot write the container's files: {}", sys::reason(.0))]
+    Write(#[source] io::Error),
+    /// No threads.
+    #[error("cannot start a thread: {}", sys::reason(.0))]
+    Thread(#[source] io::Error),
+}
+
+impl PullError {
+    fn layer(digest: Digest, cause: ImportError) -> Self {
+        match cause {
+            ImportError::Layer(LayerError::Write(error)) => Self::Write(error),
+            cause => Self::Layer { digest, cause },
+        }
+    }
+
+    fn result(error: LayerError) -> Self {
+        match error {
+            LayerError::Write(error) => Self::Write(error),
+            // Files of our own are not malformed; a path of the image's may be.
+            other => Self::Write(io::Error::other(other.to_string())),
+        }
+    }
+}
+
+/// Merges the layers of an image, lowest first in `layers`, into `sink`, and adds what enroot's images have. `open` gives
+/// a layer's blob, perhaps twice. `source` is where the image comes from, as `docker://…`.
+pub fn unpack<S: Sink>(
+    layers: &[LayerDescriptor],
+    config: &ImageConfig,
+    source: &str,
+    limits: LayerLimits,
+    mut open: impl FnMut(usize) -> Result<File, PullError>,
+    sink: S,
+) -> Result<S, PullError> {
+    let mut merge = Merge::new(sink, limits);
+    // Of a layer that occurs twice only the upper one counts.
+    let mut seen = HashSet::new();
+    let topmost_first = layers.iter().enumerate().rev().filter(|(_, layer)| seen.insert(layer.diff_id));
+    for (index, layer) in topmost_first {
+        let failed = |cause| PullError::layer(layer.blob, cause);
+        if stream(open(index)?, Some(&layer.blob), &layer.diff_id, |_| {}, |tar| merge.layer(tar)).map_err(failed)? {
+            stream(open(index)?, Some(&layer.blob), &layer.diff_id, |_| {}, |tar| merge.links(tar)).map_err(failed)?;
+        }
+    }
+    for file in generated::files(config, Some(source)) {
+        merge.put(file.path.as_bytes(), file.mode, file.content.as_bytes()).map_err(PullError::result)?;
+    }
+    if config.working_dir.starts_with('/') {
+        merge.ensure_directory(config.working_dir.as_bytes()).map_err(PullError::result)?;
+    }
+    merge.finish().map_err(PullError::result)
+}

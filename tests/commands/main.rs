@@ -1,0 +1,9 @@
+//! The commands of enroot, as an unprivileged user types them, with a real registry and independent judges.
+
+#![forbid(unsafe_code)]
+
+mod containers;
+mod images;
+mod imports;
+mod tree;
+mod world;
