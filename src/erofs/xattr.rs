@@ -1,7 +1,7 @@
 //! Extended attributes of an inode, kept as they go to disk.
 
-use zerocopy::{FromBytes, IntoBytes};
 use zerocopy::little_endian::{U16, U32};
+use zerocopy::{FromBytes, IntoBytes};
 
 use super::format::{XATTR_TRUSTED, XATTR_USER, XattrEntry, XattrHeader};
 

@@ -58,11 +58,7 @@ impl Platform {
             "arm" => Some("v7"),
             _ => None,
         };
-        Some(Self {
-            os: host.os,
-            architecture: architecture.to_owned(),
-            variant: variant.map(str::to_owned),
-        })
+        Some(Self { os: host.os, architecture: architecture.to_owned(), variant: variant.map(str::to_owned) })
     }
 
     /// How well an image for `candidate` runs here: higher is better, `None` is not at all.

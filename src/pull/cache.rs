@@ -102,7 +102,8 @@ impl Cache {
         let mut file = blob.file().map_err(|error| blob.failed("read", error))?;
         // A cache that a group shares: who may write to the directory may read the file.
         let mode = std::fs::metadata(&self.blobs).map_or(0o600, |directory| directory.mode() & 0o060 & 0o440 | 0o600);
-        rustix::fs::fchmod(&file, rustix::fs::Mode::from_raw_mode(mode)).map_err(|error| blob.failed("write", error))?;
+        rustix::fs::fchmod(&file, rustix::fs::Mode::from_raw_mode(mode))
+            .map_err(|error| blob.failed("write", error))?;
         file.rewind().map_err(|error| blob.failed("read", error))?;
         blob.publish_unsynced()?;
         Ok(file)

@@ -29,10 +29,13 @@ pub struct Fetch {
     arrived: HashMap<Digest, File>,
 }
 
+/// Where a layer is awaited.
+type Arrival = Sender<Result<File, PullError>>;
+
 struct Shared {
     client: Client,
     cache: Cache,
-    wanted: Mutex<Vec<(LayerDescriptor, Sender<Result<File, PullError>>)>>,
+    wanted: Mutex<Vec<(LayerDescriptor, Arrival)>>,
     next: AtomicUsize,
 }
 

@@ -35,7 +35,7 @@ use cache::CacheError;
 pub enum PullError {
     /// The registry.
     #[error(transparent)]
-    Registry(#[from] RegistryError),
+    Registry(Box<RegistryError>),
     /// The user's cache.
     #[error(transparent)]
     Cache(#[from] CacheError),
@@ -53,6 +53,12 @@ pub enum PullError {
     /// No threads.
     #[error("cannot start a thread: {}", sys::reason(.0))]
     Thread(#[source] io::Error),
+}
+
+impl From<RegistryError> for PullError {
+    fn from(error: RegistryError) -> Self {
+        Self::Registry(Box::new(error))
+    }
 }
 
 impl PullError {

@@ -2,10 +2,10 @@
 
 #![forbid(unsafe_code)]
 
+use super::PROGRESS;
 use super::client::{Client, ManifestBytes};
 use super::config::{Endpoint, NetworkConfig, RegistryConfig};
 use super::credentials::CredentialSet;
-use super::PROGRESS;
 use super::error::RegistryError;
 use crate::image::config::{ImageConfig, MAX_CONFIG_BYTES};
 use crate::image::digest::Digest;

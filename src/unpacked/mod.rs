@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod remove;
+pub mod squashfs;
 pub mod tree;
 
 use std::ffi::{OsStr, OsString};
@@ -99,7 +100,8 @@ impl Containers {
         }
         let directory = self.open_or_make()?;
         reap(directory.as_fd());
-        let (hidden, root) = make_hidden(directory.as_fd()).map_err(|cause| self.failed("make a directory in", cause))?;
+        let (hidden, root) =
+            make_hidden(directory.as_fd()).map_err(|cause| self.failed("make a directory in", cause))?;
         Ok(Unfinished { directory, hidden, root, path, replace, published: false })
     }
 

@@ -19,7 +19,6 @@ pub fn image(layout: &Path, tars: &[Vec<u8>]) -> String {
 }
 
 /// A tar archive being built.
-
 pub struct Tar(tar::Builder<Vec<u8>>);
 
 impl Tar {

@@ -36,12 +36,19 @@ fn what_is_imported_is_what_umoci_unpacks() {
     let unpacked = unsquashfs(&world.home.join("x.sqsh"), &world.site.path("unsquashed"));
     tree::assert_same(&unpacked, &tree::as_imported(expected.clone(), true));
     let listing = output_of(Command::new("unsquashfs").args(["-lln"]).arg(world.home.join("x.sqsh"))).unwrap();
-    assert!(listing.lines().filter(|line| line.contains("squashfs-root")).all(|line| line.contains(" 0/0 ")), "{listing}");
+    assert!(
+        listing.lines().filter(|line| line.contains("squashfs-root")).all(|line| line.contains(" 0/0 ")),
+        "{listing}"
+    );
 
+    let expected = tree::as_imported(expected, false);
     world.ok(&["load", &world.uri("features")]);
-    let root = world.home.join(".local/share/enroot/features");
-    tree::assert_same(&tree::read(&root), &tree::as_imported(expected, false));
-    assert_eq!(root.metadata().unwrap().uid(), world.user.uid);
+    world.ok(&["create", "x.sqsh"]);
+    for name in ["features", "x"] {
+        let root = world.home.join(".local/share/enroot").join(name);
+        tree::assert_same(&tree::read(&root), &expected);
+        assert_eq!(root.metadata().unwrap().uid(), world.user.uid);
+    }
 }
 
 #[test]
@@ -139,7 +146,8 @@ fn the_users_credentials_are_used() {
         world.user.own(&world.home.join(path)).unwrap();
     }
     let mut command = world.command(&["import", "-o", "x.sqsh", &world.uri("busybox")]);
-    let output = testbed::process::run(command.env("SECRET", "wonder land"), wait::DEADLINE).unwrap().success().unwrap();
+    let output =
+        testbed::process::run(command.env("SECRET", "wonder land"), wait::DEADLINE).unwrap().success().unwrap();
     let lines: Vec<&str> = output.stderr.lines().take(5).collect();
     assert_eq!(
         lines,

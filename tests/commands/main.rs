@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod containers;
+mod create;
 mod images;
 mod imports;
 mod tree;

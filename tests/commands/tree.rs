@@ -111,7 +111,8 @@ pub const GENERATED: [&str; 4] = ["etc/environment", "etc/fstab", "etc/rc", "etc
 /// Fails with the first difference.
 #[track_caller]
 pub fn assert_same(actual: &Tree, expected: &Tree) {
-    let paths = |tree: &Tree| tree.keys().filter(|path| !GENERATED.contains(&path.as_str())).cloned().collect::<Vec<_>>();
+    let paths =
+        |tree: &Tree| tree.keys().filter(|path| !GENERATED.contains(&path.as_str())).cloned().collect::<Vec<_>>();
     assert_eq!(paths(actual), paths(expected));
     for path in paths(actual) {
         let (actual, expected) = (&actual[&path], &expected[&path]);

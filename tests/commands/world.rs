@@ -43,7 +43,16 @@ impl World {
 
     /// `enroot ARGUMENTS`, to be run in the home directory.
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = self.user.command(self.bin.join("enroot"));
+        self.called("enroot", arguments)
+    }
+
+    /// `pyxis ARGUMENTS`, likewise.
+    pub fn pyxis(&self, arguments: &[&str]) -> Command {
+        self.called("pyxis", arguments)
+    }
+
+    fn called(&self, name: &str, arguments: &[&str]) -> Command {
+        let mut command = self.user.command(self.bin.join(name));
         command.args(arguments).env("HOME", &self.home).current_dir(&self.home);
         // No /etc/enroot of the machine, no proxies, and a registry without TLS.
         command.env("ENROOT_SYSCONF_PATH", "/nonexistent").env("ENROOT_ALLOW_HTTP", "y");

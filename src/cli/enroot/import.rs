@@ -148,8 +148,7 @@ pub fn output_path(typed: &Path) -> Result<PathBuf, Error> {
 /// How squashfs files are written.
 pub fn squashfs_options(context: &Context) -> Result<Options, Error> {
     let text = context.settings.get("ENROOT_SQUASH_OPTIONS").unwrap_or(DEFAULT_OPTIONS);
-    let (mut options, unknown) =
-        Options::parse(text).map_err(|error| format!("ENROOT_SQUASH_OPTIONS: {error}"))?;
+    let (mut options, unknown) = Options::parse(text).map_err(|error| format!("ENROOT_SQUASH_OPTIONS: {error}"))?;
     if !unknown.is_empty() {
         say::warn(format_args!("ENROOT_SQUASH_OPTIONS: ignored: {}", unknown.join(" ")));
     }

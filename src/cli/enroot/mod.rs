@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod create;
 mod digest;
 mod import;
 mod info;
@@ -53,6 +54,8 @@ pub enum Command {
     Import(import::ImportArgs),
     /// Import an image into a container root filesystem
     Load(import::LoadArgs),
+    /// Create a container root filesystem from an image
+    Create(create::CreateArgs),
     /// Print the digest of an image
     Digest(digest::DigestArgs),
     /// List container root filesystems
@@ -131,6 +134,7 @@ fn dispatch(command: Command, config: &Path, called_as: CalledAs) -> Result<Exit
     match command {
         Command::Import(args) => import::import(&args, &context()?),
         Command::Load(args) => import::load(&args, &context()?),
+        Command::Create(args) => create::run(&args, &context()?),
         Command::Digest(args) => digest::run(&args, &context()?),
         Command::List(args) => list::run(&args, &context()?),
         Command::Remove(args) => remove::run(&args, &context()?),

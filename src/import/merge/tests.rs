@@ -54,7 +54,10 @@ impl Memory {
         if let Some(parent) = parent(&path) {
             assert!(matches!(self.nodes.get(parent), Some(Node::Directory(_))), "{path}");
         }
-        assert!(!path.is_empty() && !path.starts_with('/') && self.nodes.insert(path.clone(), node).is_none(), "{path}");
+        assert!(
+            !path.is_empty() && !path.starts_with('/') && self.nodes.insert(path.clone(), node).is_none(),
+            "{path}"
+        );
         self.made += 1;
         Ok(())
     }

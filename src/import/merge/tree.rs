@@ -71,13 +71,7 @@ impl Tree {
 
     fn push(&mut self, parent: DirectoryId, layer: Layer) -> DirectoryId {
         let id = DirectoryId(self.directories.len());
-        self.directories.push(Directory {
-            parent,
-            entries: BTreeMap::new(),
-            layer,
-            attributes: None,
-            closed: false,
-        });
+        self.directories.push(Directory { parent, entries: BTreeMap::new(), layer, attributes: None, closed: false });
         id
     }
 
