@@ -117,6 +117,8 @@ pub struct ContainerSettings {
     pub remap_root: bool,
     /// `mount_home`: as `--container-mount-home`.
     pub mount_home: bool,
+    /// `restrict_dev`: containers have a `/dev` of their own, without the host's devices, whatever users say.
+    pub restrict_dev: bool,
     /// `scratch_size`: limit of what a container may write to its root filesystem, as tmpfs takes it (`size=` of
     /// tmpfs(5): bytes with a suffix, or percent of the memory). Half of the memory if it is missing.
     pub scratch_size: Option<String>,
@@ -131,6 +133,7 @@ impl Default for ContainerSettings {
             writable: false,
             remap_root: false,
             mount_home: false,
+            restrict_dev: false,
             scratch_size: None,
             entrypoint_timeout_seconds: 300,
         }

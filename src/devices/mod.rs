@@ -1,3 +1,4 @@
 //! What a container needs of the host's devices and services, worked out as data and applied by container init.
 
 pub mod pmix;
+pub mod private;

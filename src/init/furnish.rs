@@ -11,6 +11,7 @@ use super::plan::{self, Plan};
 use super::pmix;
 use super::site::Site;
 use super::{InitError, Start, step};
+use crate::devices::private;
 use crate::enroot::mounts;
 use crate::image::config::ImageConfig;
 use crate::mounts::apply::{apply, missing_sources};
@@ -74,7 +75,13 @@ impl<'a> Furnisher<'a> {
     pub fn before_the_task(&mut self) -> Result<Login, InitError> {
         let entries: Vec<MountEntry> = self.fstab.of(Pass::BeforeHooks).cloned().collect();
         self.mount(&entries)?;
-        unshared::mount(self.root(), self.site.choices.unshare).map_err(other)?;
+        let choices = self.site.choices;
+        if choices.unshare.net {
+            unshared::mount_sysfs(self.root()).map_err(other)?;
+        }
+        if choices.restrict_dev {
+            private::mount(self.root(), choices.unshare.ipc).map_err(other)?;
+        }
         let remap_root = self.site.choices.remap_root;
         let login = identity::write(self.root(), &self.start.request.user, self.host, remap_root)
             .map_err(step("/etc/passwd"))?;

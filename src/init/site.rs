@@ -17,6 +17,8 @@ pub struct Choices {
     pub writable: bool,
     /// `--container-mount-home`.
     pub mount_home: bool,
+    /// Whether `/dev` is the container's own: the administrator's or the user's wish, or due to an IPC namespace.
+    pub restrict_dev: bool,
     /// `--container-unshare`, and what the administrator unshares for everybody.
     pub unshare: Unshare,
 }
@@ -47,15 +49,17 @@ impl Site {
         let conf = EnrootConf::load(start.sysconf, &of_job(start.environment), &identity)
             .map_err(|error| InitError::Other(error.to_string()))?;
         let (request, settings) = (start.request, start.settings);
+        let unshare = Unshare {
+            net: request.unshare.net || conf.unshare("net"),
+            ipc: request.unshare.ipc || conf.unshare("ipc"),
+            uts: request.unshare.uts || conf.unshare("uts"),
+        };
         let choices = Choices {
             remap_root: request.remap_root.or_else(|| conf.remap_root()).unwrap_or(settings.remap_root),
             writable: request.writable.or_else(|| conf.rootfs_writable()).unwrap_or(settings.writable),
             mount_home: request.mount_home.or_else(|| conf.mount_home()).unwrap_or(settings.mount_home),
-            unshare: Unshare {
-                net: request.unshare.net || conf.unshare("net"),
-                ipc: request.unshare.ipc || conf.unshare("ipc"),
-                uts: request.unshare.uts || conf.unshare("uts"),
-            },
+            restrict_dev: unshare.ipc || settings.restrict_dev || conf.restrict_dev(),
+            unshare,
         };
         let user_directory = start.request.cwd.join(conf.config_path());
         Ok(Self { conf, choices, user_directory })

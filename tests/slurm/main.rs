@@ -7,6 +7,7 @@
 
 mod bad_input;
 mod command;
+mod devices;
 mod entrypoint;
 mod environment;
 mod identity;
@@ -62,6 +63,7 @@ fn main() -> ExitCode {
         ("bad_input", bad_input::CASES),
         ("command", command::CASES),
         ("unshare", unshare::CASES),
+        ("devices", devices::CASES),
         ("entrypoint", entrypoint::CASES),
         ("lifecycle", lifecycle::CASES),
     ];
