@@ -1,7 +1,7 @@
 //! A second container init: for a step that joins a container which runs already (behaviour reference, section 6.4).
 //!
 //! It moves into the container's namespaces and changes nothing there: no mount, no file, no hook. Environment and working
-//! directory are computed from the image, as for the first step. Then it pauses like any container init, and so the
+//! directory are computed from the image, and prepared by its entrypoint if that is asked for, as for the first step. Then it pauses like any container init, and so the
 //! namespaces outlive the step that made them for as long as this step's tasks may join.
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -10,6 +10,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::process::DumpableBehavior;
 use rustix::thread::{CapabilitySet, ThreadNameSpaceType};
 
+use super::entrypoint::{self, Probe};
 use super::plan::{self, Plan};
 use super::protocol::{FromInit, ToInit};
 use super::site::Site;
@@ -51,7 +52,7 @@ fn join(attach: &Attach<'_>) -> Result<Ready, InitError> {
     if instance.is_ending() {
         return Err(InitError::Gone);
     }
-    let mut choices = Site::load(start, &host)?.choices;
+    let Site { mut choices, conf, .. } = Site::load(start, &host)?;
     let namespaces = match enter_all(instance.pid(), pidfd.as_fd()) {
         Err(error) if matches!(error.raw_os_error(), Some(libc::ESRCH | libc::ENOENT)) => return Err(InitError::Gone),
         other => other.map_err(step("join the running container"))?,
@@ -68,11 +69,14 @@ fn join(attach: &Attach<'_>) -> Result<Ready, InitError> {
     let login = identity::look_up_inside(RootDir::new(root.as_fd()), &request.user, &host, choices.remap_root)
         .map_err(step("/etc/passwd"))?;
     let plan = Plan::new(request, environment, &image, &host, choices).map_err(|error| other(&error))?;
-    let environment = plan.environment(&image, &login).to_block();
+    let mut environment = plan.environment(&image, &login);
+    entrypoint::add_named(&mut environment, request, start.environment);
+    let image_or_rc = (!start.image_config.is_empty()).then_some(&image);
+    let entrypoint = entrypoint::plan(start, image_or_rc, &conf, RootDir::new(root.as_fd()));
     Ok(Ready {
         workdir: plan::workdir(&image),
-        environment: memfile::sealed("pyxis-environment", &environment).map_err(step("environment"))?,
-        entrypoint: None,
+        environment: memfile::sealed("pyxis-environment", &environment.to_block()).map_err(step("environment"))?,
+        entrypoint: Probe::of(entrypoint).map_err(step("entrypoint"))?,
         cgroup_namespace: Some(namespaces.contains(ThreadNameSpaceType::CONTROL_GROUP)),
     })
 }

@@ -51,19 +51,16 @@ pub fn plan(
     image: Option<&ImageConfig>,
     conf: &EnrootConf,
     root: RootDir<'_>,
-) -> Result<Option<Entrypoint>, MountError> {
+) -> Option<Entrypoint> {
     let request = start.request;
     let (program, words) = match image {
         Some(image) => {
-            let Some(program) = image.entrypoint.first().filter(|_| request.entrypoint) else { return Ok(None) };
+            let Some(program) = image.entrypoint.first().filter(|_| request.entrypoint) else { return None };
             (program.clone(), image.entrypoint.clone())
         }
         None => {
             if !has_rc(root) {
-                return Ok(None);
-            }
-            if !request.entrypoint {
-                override_rc_local(root)?;
+                return None;
             }
             // Login shells read `/etc/profile` and the user's own files: not unless somebody asks for it.
             let login = conf.switch("ENROOT_LOGIN_SHELL") == Some(true);
@@ -71,13 +68,13 @@ pub fn plan(
             (SHELL.to_owned(), vec![name.to_owned(), RC.to_owned()])
         }
     };
-    Ok(Some(Entrypoint {
+    Some(Entrypoint {
         program,
         words,
         timeout_seconds: start.settings.entrypoint_timeout_seconds,
         requested: request.entrypoint,
         show_output: request.entrypoint && request.entrypoint_log,
-    }))
+    })
 }
 
 /// Adds to `environment`, the container's, what `--container-env` says: an entrypoint sees it.
@@ -101,8 +98,12 @@ fn has_rc(root: RootDir<'_>) -> bool {
         .is_ok_and(|status| status.st_mode & libc::S_IFMT == libc::S_IFREG)
 }
 
-/// Hides `/etc/rc.local` behind a file that executes the arguments, unless the user has mounted one.
-fn override_rc_local(root: RootDir<'_>) -> Result<(), MountError> {
+/// Hides the `/etc/rc.local` of a root filesystem that has `/etc/rc` behind a file that executes the arguments, unless the
+/// user has mounted one.
+pub fn override_rc_local(root: RootDir<'_>) -> Result<(), MountError> {
+    if !has_rc(root) {
+        return Ok(());
+    }
     let at = |what: &'static str| move |errno: Errno| MountError::new(format!("{what} {RC_LOCAL}"), errno);
     let target = root.mount_point(Path::new(RC_LOCAL), Create::File).map_err(at("mount on"))?;
     if is_mount_root(&target, Path::new("")).map_err(at("look at"))? {
@@ -125,9 +126,15 @@ fn override_rc_local(root: RootDir<'_>) -> Result<(), MountError> {
 }
 
 impl Probe {
+    /// The entrypoint, if there is one, with its probe.
+    pub fn of(entrypoint: Option<Entrypoint>) -> io::Result<Option<(Entrypoint, Self)>> {
+        let probed = |mut entrypoint| Self::new(&mut entrypoint).map(|probe| (entrypoint, probe));
+        entrypoint.map(probed).transpose()
+    }
+
     /// Makes the probe, and the arguments of `entrypoint` end with it. The entrypoint reaches it through this process's
     /// descriptors: it needs no place in the root filesystem, and entrypoints may close theirs.
-    pub fn new(entrypoint: &mut Entrypoint) -> io::Result<Self> {
+    fn new(entrypoint: &mut Entrypoint) -> io::Result<Self> {
         let (report, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
         let descriptors = match rustix::fs::readlink("/proc/self", Vec::new())?.into_string() {
             Ok(pid) => format!("/proc/{pid}/fd"),

@@ -230,8 +230,11 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     pivot().map_err(step("pivot_root"))?;
     entrypoint::add_named(&mut environment, request, start.environment);
     let image_or_rc = (!start.image_config.is_empty()).then_some(&image);
-    let entrypoint = entrypoint::plan(start, image_or_rc, &site.conf, RootDir::new(root.as_fd()))
-        .map_err(|error| InitError::Other(error.to_string()))?;
+    if image_or_rc.is_none() && !request.entrypoint {
+        entrypoint::override_rc_local(RootDir::new(root.as_fd()))
+            .map_err(|error| InitError::Other(error.to_string()))?;
+    }
+    let entrypoint = entrypoint::plan(start, image_or_rc, &site.conf, RootDir::new(root.as_fd()));
 
     if let Some(namespace) = proceed.cgroup_namespace {
         rustix::thread::move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::ControlGroup))
@@ -243,8 +246,7 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
         set_attributes(root.as_fd(), &attributes).map_err(step("make the root filesystem read-only"))?;
     }
     let environment = memfile::sealed("pyxis-environment", &environment.to_block()).map_err(step("environment"))?;
-    let probed = |mut entrypoint| Probe::new(&mut entrypoint).map(|probe| (entrypoint, probe));
-    let entrypoint = entrypoint.map(probed).transpose().map_err(step("entrypoint"))?;
+    let entrypoint = Probe::of(entrypoint).map_err(step("entrypoint"))?;
     Ok(Ready { workdir: plan::workdir(&image), environment, entrypoint, cgroup_namespace: None })
 }
 

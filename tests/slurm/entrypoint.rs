@@ -10,6 +10,7 @@ use testbed::image::{Compression, ImageBuilder};
 use testbed::{Output, images, process, wait};
 
 use crate::Case;
+use crate::named;
 use crate::world::{World, sorted};
 
 pub const CASES: &[Case] = &[
@@ -31,6 +32,7 @@ pub const CASES: &[Case] = &[
     ("that_never_stops_talking", that_never_stops_talking),
     ("cancelled", cancelled),
     ("batch_scripts", batch_scripts),
+    ("of_containers_that_are_kept", kept_containers),
 ];
 
 const ASKED: &str = "--container-entrypoint";
@@ -321,5 +323,20 @@ fn batch_scripts(world: &mut World) -> Result<()> {
     let text = fs::read_to_string(work.join("log"))?;
     ensure!(text.ends_with("two words|changed||/etc|0\n"), "{text}");
     fs::remove_dir_all(work)?;
+    Ok(())
+}
+
+/// Each step decides for itself, also one that joins a running container, and none leaves anything for the next.
+fn kept_containers(world: &mut World) -> Result<()> {
+    let image = preparing(world)?;
+    let name = named::option(&named::new_name(), "");
+    let show = "echo \"$FROM_ENTRYPOINT|$FROM_IMAGE|$PWD\"";
+    let (with, without) = ("two words|changed|/etc\n", "|image|/usr\n");
+    let first = named::start(world, &[&name, &image], show)?;
+    let attached = (named::sh(world, &[&name, ASKED], show), named::sh(world, &[&name], show));
+    assert_eq!(named::end(first)?.stdout, format!("{without}up\n"));
+    assert_eq!((attached.0?.stdout.as_str(), attached.1?.stdout.as_str()), (with, without));
+    assert_eq!(named::sh(world, &[&name, ASKED], show)?.stdout, with);
+    assert_eq!(named::sh(world, &[&name], show)?.stdout, without);
     Ok(())
 }

@@ -27,17 +27,17 @@ pub const CASES: &[Case] = &[
 ];
 
 /// A name that no other test has.
-fn new_name() -> String {
+pub fn new_name() -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     format!("test{}", COUNT.fetch_add(1, Ordering::SeqCst))
 }
 
-fn option(name: &str, flag: &str) -> String {
+pub fn option(name: &str, flag: &str) -> String {
     format!("--container-name={name}{flag}")
 }
 
 /// A step of user 0 on node1 that says "up" when `script` is through, and then waits for its standard input to end.
-fn start(world: &World, options: &[&str], script: &str) -> Result<Running> {
+pub fn start(world: &World, options: &[&str], script: &str) -> Result<Running> {
     let script = format!("{script}\necho up; exec cat");
     let arguments = [&["-w", "node1"], options, &["sh", "-c", &script]].concat();
     let mut command = world.bed.cluster.command(0, "srun", arguments);
@@ -46,13 +46,13 @@ fn start(world: &World, options: &[&str], script: &str) -> Result<Running> {
     Ok(step)
 }
 
-fn end(mut step: Running) -> Result<Output> {
+pub fn end(mut step: Running) -> Result<Output> {
     step.write_stdin(b"")?;
     step.wait(wait::DEADLINE)?.success()
 }
 
 /// What a script says in a step on node1, without what srun itself says while it waits. The image is not named.
-fn sh(world: &World, options: &[&str], script: &str) -> Result<Output> {
+pub fn sh(world: &World, options: &[&str], script: &str) -> Result<Output> {
     let mut output = world.srun(&[&["-w", "node1"], options, &["sh", "-c", script]].concat())?.success()?;
     let lines = output.stderr.lines().filter(|line| !line.starts_with("srun: "));
     output.stderr = lines.map(|line| format!("{line}\n")).collect();

@@ -6,7 +6,8 @@ use anyhow::{Context, Result, ensure};
 use testbed::process;
 
 use crate::Case;
-use crate::world::{World, sorted};
+use crate::named;
+use crate::world::{IMAGE, World, sorted};
 
 pub const CASES: &[Case] = &[
     ("none_by_default", none_by_default),
@@ -15,6 +16,8 @@ pub const CASES: &[Case] = &[
     ("ipc_shared_memory_and_queues", shared_memory),
     ("uts", uts),
     ("all_at_once_for_all_tasks", all_at_once),
+    ("attached_tasks_are_where_the_container_is", attached),
+    ("a_running_container_may_lack_what_is_asked_for", lacking),
 ];
 
 const NAMESPACES: &str = "readlink /proc/self/ns/net; readlink /proc/self/ns/ipc; readlink /proc/self/ns/uts";
@@ -111,4 +114,40 @@ fn all_at_once(world: &mut World) -> Result<()> {
         ensure!(own != machine, "{own} is the machine's");
     }
     Ok(())
+}
+
+fn attached(world: &mut World) -> Result<()> {
+    let name = named::option(&named::new_name(), "");
+    let all = "--container-unshare=net,ipc,uts";
+    let first = named::start(world, &[&name, IMAGE, all, "--container-remap-root"], "hostname inside")?;
+    let inside = named::sh(world, &[&name], &format!("{NAMESPACES}; hostname"))?.stdout;
+    let again = named::sh(world, &[&name, all], &format!("{NAMESPACES}; hostname"))?.stdout;
+    named::end(first)?;
+    assert_eq!(inside, again);
+    let lines: Vec<_> = inside.lines().collect();
+    assert_eq!((lines.len(), lines.last()), (4, Some(&"inside")), "{inside}");
+    for (own, machine) in lines.iter().zip(of_the_machine()?) {
+        ensure!(**own != machine, "{own} is the machine's");
+    }
+    Ok(())
+}
+
+fn lacking(world: &mut World) -> Result<()> {
+    let name = named::option(&named::new_name(), "");
+    let first = named::start(world, &[&name, IMAGE, "--container-unshare=ipc"], "")?;
+    let refused = |kind: &str, called: &str| {
+        let option = format!("--container-unshare={kind}");
+        let text =
+            format!("pyxis: error: {option} requested but the container is not in a separate {called} namespace");
+        world.refused(&["-w", "node1", &name, &option], &text)
+    };
+    let results = (refused("net", "network"), refused("uts", "UTS"));
+    let fine = named::sh(world, &[&name, "--container-unshare=ipc"], "echo fine");
+    named::end(first)?;
+    (results.0?, results.1?);
+    assert_eq!(fine?.stdout, "fine\n");
+    let first = named::start(world, &[&name], "")?;
+    let result = refused("ipc", "IPC");
+    named::end(first)?;
+    result.map(drop)
 }
