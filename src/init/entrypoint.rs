@@ -55,7 +55,7 @@ pub fn plan(
     let request = start.request;
     let (program, words) = match image {
         Some(image) => {
-            let Some(program) = image.entrypoint.first().filter(|_| request.entrypoint) else { return None };
+            let program = image.entrypoint.first().filter(|_| request.entrypoint)?;
             (program.clone(), image.entrypoint.clone())
         }
         None => {
