@@ -13,7 +13,7 @@ mod named;
 mod trace;
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -39,7 +39,7 @@ use crate::rootfs::layers::LayerMounts;
 use crate::rootfs::overlay::{self, Upper};
 use crate::store::{LeasedLayer, Store};
 use crate::sys::channel::{self, Channel};
-use crate::sys::process::{Forked, close_from, die_with_parent, fork, set_capabilities};
+use crate::sys::process::{Forked, close_from, die_with_parent, fork, set_capabilities, take_inherited};
 use crate::sys::{self, memfile};
 use crate::task::UserMessage;
 use crate::task::protocol::{Entrypoint, MAX_MEMORY_FILE, ToBroker, ToLeader, descriptors};
@@ -148,16 +148,11 @@ impl Inherited {
     /// The descriptors a broker starts with, and no other.
     fn take() -> Option<Self> {
         close_from(descriptors::END).ok()?;
-        let take = |number| {
-            // SAFETY: fcntl takes numbers only; the descriptor, if it is open, was put there for us by `start_broker`, and
-            // this function runs once, before anything else in this process owns a descriptor of that number.
-            unsafe { (libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) == 0).then(|| OwnedFd::from_raw_fd(number)) }
-        };
         Some(Self {
-            channel: take(descriptors::CHANNEL)?.into(),
-            life: take(descriptors::LIFE)?,
-            request: take(descriptors::REQUEST)?.into(),
-            environment: take(descriptors::ENVIRONMENT)?.into(),
+            channel: take_inherited(descriptors::CHANNEL)?.into(),
+            life: take_inherited(descriptors::LIFE)?,
+            request: take_inherited(descriptors::REQUEST)?.into(),
+            environment: take_inherited(descriptors::ENVIRONMENT)?.into(),
         })
     }
 }

@@ -26,6 +26,8 @@ pub const IMPORTER: &str = "pyxis-importer";
 pub const CREDENTIALS: &str = "pyxis-credentials";
 /// `argv[0]` of the process that opens the user's own images; see [`crate::source`].
 pub const SOURCE: &str = "pyxis-source";
+/// `argv[0]` of the process that saves containers; see [`crate::export::saver`].
+pub const SAVER: &str = "pyxis-saver";
 /// `argv[0]` under which scripts written for enroot find its commands.
 pub const ENROOT: &str = "enroot";
 
@@ -61,6 +63,7 @@ pub fn main() -> ExitCode {
         Some(role) if role == IMPORTER.as_bytes() => crate::broker::import::importer_role(arguments),
         Some(role) if role == CREDENTIALS.as_bytes() => crate::broker::import::credentials_role(arguments),
         Some(role) if role == SOURCE.as_bytes() => crate::broker::import::source_role(arguments),
+        Some(role) if role == SAVER.as_bytes() => crate::export::saver::main(arguments),
         Some(name) if name == ENROOT.as_bytes() => enroot::main(),
         _ => typed(),
     }

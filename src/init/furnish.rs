@@ -12,14 +12,14 @@ use super::pmix;
 use super::site::Site;
 use super::{InitError, Start, step};
 use crate::devices::private;
-use crate::enroot::mounts;
+use crate::enroot::{generated, mounts};
 use crate::image::config::ImageConfig;
 use crate::mounts::apply::{apply, missing_sources};
 use crate::mounts::entry::MountEntry;
 use crate::mounts::fstab::{Fstab, Pass};
 use crate::mounts::rootdir::RootDir;
 use crate::mounts::unshared;
-use crate::request::Environment;
+use crate::request::{Environment, ImageSource};
 use crate::rootfs::identity::{HostUser, Login};
 use crate::rootfs::{adapt, identity, overlay};
 use crate::sys;
@@ -93,6 +93,16 @@ impl<'a> Furnisher<'a> {
         adapt::make_working_directory(self.root(), &workdir).map_err(|errno| {
             other(format!("cannot make the image's working directory {workdir}: {}", sys::reason(errno)))
         })?;
+        let request = self.start.request;
+        let kept = request.save.is_some() || request.name.is_some();
+        if kept && !self.start.image_config.is_empty() {
+            let source = request.image.as_ref().map(|image| match image {
+                ImageSource::Registry { reference, .. } => format!("docker://{reference}"),
+                ImageSource::Local { typed, .. } => typed.clone(),
+                ImageSource::File(path) => path.display().to_string(),
+            });
+            generated::write(self.root(), self.image, source.as_deref()).map_err(step("/etc/rc"))?;
+        }
         let home = self.plan.home_mount.take();
         self.mount(home.as_slice())?;
         Ok(login)

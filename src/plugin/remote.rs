@@ -20,9 +20,11 @@ use std::path::PathBuf;
 
 use super::state::State;
 use super::{Failed, Item, Spank, submit};
+use crate::container::name::FullName;
 use crate::options::Options;
 use crate::options::arguments::Arguments;
 use crate::request::{Environment, PROTOCOL_VERSION, StepFacts, StepRequest, User};
+use crate::task::saving::{TaskCount, run_under_saver};
 use crate::task::{
     Container, JoinOptions, Leadership, LifePipe, Outcome, Role, StartingContainer, StepShared, UserMessage,
     start_broker,
@@ -45,6 +47,8 @@ pub struct Step {
     arguments: Arguments,
     shared: StepShared,
     life: Option<LifePipe>,
+    /// With `--container-save`.
+    count: Option<TaskCount>,
     request: Option<StepRequest>,
     environment: Environment,
     /// What `task_init_privileged` decided, in a task.
@@ -164,8 +168,10 @@ impl Step {
             return Err(submit::TWO_CONTAINERS.into());
         }
         let failed = |error: io::Error| format!("couldn't set up the step's shared state: {error}");
+        let count = if options.save.is_some() { Some(TaskCount::create().map_err(failed)?) } else { None };
         Ok(Some(Self {
             manager: std::process::id(),
+            count,
             options,
             arguments,
             shared: StepShared::create().map_err(failed)?,
@@ -255,6 +261,7 @@ impl Step {
     fn enter_container(&mut self, spank: &mut dyn Spank) -> Result<(), Option<String>> {
         let task = spank.environment().map_err(|error| format!("couldn't get task environment: {error}"))?;
         let container = self.wait_for_container(&task, spank)?;
+        self.save_when_done(&container, spank)?;
         let options = JoinOptions {
             container_env: self.options.env.clone(),
             workdir: self.options.workdir.clone(),
@@ -271,7 +278,27 @@ impl Step {
             })?;
         }
         container.join(&options)?;
+        if let Some(count) = &self.count {
+            count.joined().map_err(|error| format!("couldn't count the step's tasks: {error}"))?;
+        }
         Ok(())
+    }
+
+    /// With `--container-save`: makes this task the child of a process that saves the container when all have ended.
+    fn save_when_done(&self, container: &Container, spank: &mut dyn Spank) -> Result<(), String> {
+        let (Some(count), Some(request)) = (&self.count, &self.request) else { return Ok(()) };
+        let (Some(target), Some(facts)) = (&request.save, &request.step) else { return Ok(()) };
+        // The batch script alone may be sent signals, and Slurm sends them to the process that it has started.
+        let forward_signals = facts.step_id == BATCH_STEP;
+        // The options have been checked, and a step has a name: there is one.
+        let name = FullName::of(request).ok().flatten().map(|(name, _)| name.to_string()).unwrap_or_default();
+        let save = container.save_request(name, target.clone(), facts.local_tasks, forward_signals);
+        let Arguments { executable, config, .. } = &self.arguments;
+        run_under_saver(executable, config, &save, &self.environment, count, &mut |message| spank.say(message))?;
+        // Slurm's is that of the saver.
+        spank
+            .set_variable(b"SLURM_TASK_PID", std::process::id().to_string().as_bytes())
+            .map_err(|error| format!("failed to set environment variable SLURM_TASK_PID: {error}"))
     }
 
     fn wait_for_container(&mut self, task: &Environment, spank: &mut dyn Spank) -> Result<Container, Option<String>> {

@@ -1,9 +1,13 @@
 //! Processes and their identities: fork(2), becoming a user for good, capabilities.
 
+use std::convert::Infallible;
+use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
-use rustix::process::{DumpableBehavior, Pid, Signal};
+use rustix::process::{DumpableBehavior, Pid, Signal, WaitStatus};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use crate::request::User;
@@ -126,6 +130,15 @@ pub fn die_with_parent(parent: Pid) -> io::Result<()> {
     }
 }
 
+/// Takes the descriptor `number`, which was there when this process began; `None` if it was not.
+///
+/// For the first thing a role does, once for each number: nothing else in the process may own it.
+pub fn take_inherited(number: RawFd) -> Option<OwnedFd> {
+    // SAFETY: fcntl takes numbers only; the descriptor, if it is open, was put there for this process before it began,
+    // and roles call this first thing, when nothing owns a descriptor yet.
+    unsafe { (libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) == 0).then(|| OwnedFd::from_raw_fd(number)) }
+}
+
 /// Closes every descriptor from `first` on.
 pub fn close_from(first: RawFd) -> io::Result<()> {
     // SAFETY: close_range(2) takes numbers only. Callers own no Rust descriptor in the range (it is called first thing in
@@ -235,4 +248,51 @@ pub fn wait_for_signal() -> io::Result<Signal> {
         libc::sigwaitinfo(&all, std::ptr::null_mut())
     };
     Signal::from_named_raw(signal).ok_or_else(io::Error::last_os_error)
+}
+
+/// Replaces the program of this process. Returns only if that fails.
+pub fn exec(executable: &Path, arguments: &[&[u8]], environment: &[CString]) -> io::Error {
+    let text = |bytes: &[u8]| CString::new(bytes).map_err(io::Error::other);
+    let run = || -> io::Result<Infallible> {
+        let path = text(executable.as_os_str().as_bytes())?;
+        let arguments = arguments.iter().map(|argument| text(argument)).collect::<io::Result<Vec<_>>>()?;
+        Ok(nix::unistd::execve(&path, &arguments, environment)?)
+    };
+    match run() {
+        Ok(never) => match never {},
+        Err(error) => io::Error::new(error.kind(), format!("{}: {}", executable.display(), super::reason(error))),
+    }
+}
+
+/// Lets the capabilities of `kept` that this process has survive execve(2), which otherwise takes them from everybody but
+/// root: a process that has entered a user namespace of its user's cannot get them again there.
+pub fn keep_capabilities_across_exec(kept: CapabilitySet) -> io::Result<()> {
+    let sets = rustix::thread::capabilities(None)?;
+    let kept = kept & sets.permitted;
+    rustix::thread::set_capabilities(None, CapabilitySets { inheritable: kept, ..sets })?;
+    for capability in kept.iter() {
+        rustix::thread::configure_capability_in_ambient_set(capability, true)?;
+    }
+    Ok(())
+}
+
+/// Ends this process as another one has ended: with its exit status, or by its signal, but without leaving another core
+/// file.
+pub fn end_like(status: WaitStatus) -> ! {
+    if let Some(number) = status.terminating_signal()
+        && let Some(signal) = Signal::from_named_raw(number)
+    {
+        let none = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
+        let _ = rustix::process::setrlimit(rustix::process::Resource::Core, none);
+        // SAFETY: the default action needs no handler, and the set is initialised before it is used.
+        unsafe {
+            libc::signal(number, libc::SIG_DFL);
+            let mut none = std::mem::zeroed();
+            libc::sigemptyset(&mut none);
+            libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
+        }
+        let _ = rustix::process::kill_process(rustix::process::getpid(), signal);
+        exit_now(128 + number);
+    }
+    exit_now(status.exit_status().unwrap_or(1))
 }

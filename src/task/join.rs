@@ -13,7 +13,7 @@ use crate::sys;
 /// A running container, as a task needs to know it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Container {
-    init: i32,
+    pub(super) init: i32,
     workdir: String,
     /// Init is in a cgroup namespace of the container's.
     cgroup_namespace: bool,

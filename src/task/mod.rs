@@ -13,6 +13,7 @@ mod entrypoint;
 mod environment;
 mod join;
 pub mod protocol;
+pub mod saving;
 mod seccomp;
 mod shared;
 mod start;

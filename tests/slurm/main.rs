@@ -20,6 +20,7 @@ mod named;
 mod options;
 mod registries;
 mod relay;
+mod save;
 mod session;
 mod sources;
 mod unshare;
@@ -65,6 +66,7 @@ fn main() -> ExitCode {
         ("unshare", unshare::CASES),
         ("devices", devices::CASES),
         ("entrypoint", entrypoint::CASES),
+        ("save", save::CASES),
         ("lifecycle", lifecycle::CASES),
     ];
     let trials = modules

@@ -3,7 +3,7 @@
 
 use std::ffi::OsString;
 use std::io::{self, Write};
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
@@ -17,7 +17,7 @@ use crate::request::{Environment, LocalImage, User};
 use crate::source::{self, ToReader};
 use crate::sys::channel::Channel;
 use crate::sys::memfile;
-use crate::sys::process::{become_user, close_from, die_with_parent};
+use crate::sys::process::{become_user, close_from, die_with_parent, take_inherited};
 
 /// The descriptor of the channel to the broker. 0 to 2 are as usual, others are closed.
 pub(super) const CHANNEL: RawFd = 3;
@@ -145,14 +145,7 @@ fn drop_bounding_set() -> io::Result<()> {
 
 fn take_channel() -> io::Result<OwnedFd> {
     close_from(CHANNEL + 1)?;
-    // SAFETY: fcntl takes numbers only. The descriptor, if it is open, was put there for us by `Processes::start`, and
-    // this function runs once, before anything else in this process owns a descriptor of that number.
-    unsafe {
-        if libc::fcntl(CHANNEL, libc::F_SETFD, libc::FD_CLOEXEC) != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(OwnedFd::from_raw_fd(CHANNEL))
-    }
+    take_inherited(CHANNEL).ok_or_else(|| io::Error::from(io::ErrorKind::BrokenPipe))
 }
 
 /// The next argument.

@@ -58,6 +58,9 @@ pub enum Error {
     NoTarget(String),
 }
 
+/// Names (`user.…`, `trusted.…`, `security.…`) and values of extended attributes.
+pub type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
+
 /// What every inode has. The owner is always 0:0.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Attributes {
@@ -65,8 +68,8 @@ pub struct Attributes {
     pub mode: u16,
     /// Modification time, seconds since 1970. The format has no sign and 32 bits: other times become the nearest.
     pub mtime: i64,
-    /// Names (`user.…`, `trusted.…`, `security.…`) and values of extended attributes.
-    pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Extended attributes.
+    pub xattrs: Xattrs,
 }
 
 /// What is not a file, a directory or a link.
