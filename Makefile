@@ -12,6 +12,8 @@ EXECUTABLE ?= target/release/pyxis
 plugindir = $(PREFIX)/lib/spank-pyxis
 plugin = $(plugindir)/spank_pyxis.so
 executable = $(PREFIX)/bin/pyxis
+# What hooks for enroot call. An enroot that is still installed keeps its own.
+enroot_mount = $(PREFIX)/bin/enroot-mount
 config = $(SYSCONFDIR)/pyxis/pyxis.toml
 # The plugin knows where it is installed by default; anywhere else it has to be told.
 arguments = $(if $(filter /usr,$(PREFIX)),, executable=$(executable) config=$(config))
@@ -52,6 +54,7 @@ install: $(PLUGIN) $(EXECUTABLE)
 	install -m 0755 $(EXECUTABLE) $(DESTDIR)$(executable).new
 	mv -f $(DESTDIR)$(executable).new $(DESTDIR)$(executable)
 	test -e $(DESTDIR)$(PREFIX)/bin/enroot || ln -s pyxis $(DESTDIR)$(PREFIX)/bin/enroot
+	test -e $(DESTDIR)$(enroot_mount) || ln -sfn pyxis $(DESTDIR)$(enroot_mount)
 	sed -n 's|^required .*|required $(plugin)$(arguments)|p' plugstack.conf.d/pyxis.conf > $(DESTDIR)$(PREFIX)/share/pyxis/.pyxis.conf.new
 	mv -f $(DESTDIR)$(PREFIX)/share/pyxis/.pyxis.conf.new $(DESTDIR)$(PREFIX)/share/pyxis/pyxis.conf
 	test -e $(DESTDIR)$(config) || install -m 0644 packaging/pyxis.toml $(DESTDIR)$(config)

@@ -32,6 +32,8 @@ pub struct Config {
     pub container: ContainerSettings,
     /// Where enroot's own files are.
     pub enroot: EnrootSettings,
+    /// The site's and the users' hooks.
+    pub hooks: HookSettings,
     /// What is logged.
     pub log: LogSettings,
     /// Registries by name.
@@ -151,6 +153,20 @@ pub struct EnrootSettings {
 impl Default for EnrootSettings {
     fn default() -> Self {
         Self { sysconf_path: crate::enroot::conf::DEFAULT_SYSCONF_PATH.into() }
+    }
+}
+
+/// `[hooks]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HookSettings {
+    /// `timeout_seconds`: how long each hook may take.
+    pub timeout_seconds: u32,
+}
+
+impl Default for HookSettings {
+    fn default() -> Self {
+        Self { timeout_seconds: 60 }
     }
 }
 
@@ -327,6 +343,7 @@ mod tests {
         assert_eq!(enabled.store, StoreSettings::default());
         assert_eq!(enabled.network, NetworkConfig::default());
         assert_eq!(enabled.enroot, EnrootSettings::default());
+        assert_eq!(enabled.hooks, HookSettings::default());
         assert!(enabled.registry.contains_key("docker.io"));
     }
 }

@@ -17,6 +17,7 @@ pub mod devices;
 pub mod enroot;
 pub mod erofs;
 pub mod export;
+pub mod hooks;
 pub mod image;
 pub mod import;
 pub mod importer;

@@ -43,6 +43,7 @@ fn a_package_gets_the_four_files() {
         ("/usr/share/pyxis/pyxis.conf", 0o644),
     ];
     assert_eq!(files(root.path()), expected.map(|(path, mode)| (path.to_owned(), mode)).into());
+    assert_eq!(fs::read_link(root.path().join("usr/bin/enroot-mount")).unwrap(), Path::new("pyxis"));
     let line = fs::read_to_string(root.path().join("usr/share/pyxis/pyxis.conf")).unwrap();
     assert_eq!(line, "required /usr/lib/spank-pyxis/spank_pyxis.so\n");
     let enroot = root.path().join("usr/bin/enroot");

@@ -29,12 +29,14 @@ use crate::container::kept::KeptContainer;
 use crate::container::record::{Lower, Record};
 use crate::container::running::{Instance, Running};
 use crate::container::{FullName, InUse};
+use crate::hooks::workspace::Workspace;
 use crate::image::reference::ImageReference;
 use crate::init::attach::Attach;
 use crate::init::protocol::{FromInit, ToInit};
 use crate::init::{self, Start};
 use crate::namespaces;
 use crate::request::{Environment, NameMode, PROTOCOL_VERSION, StepRequest};
+use crate::rootfs::cgroups;
 use crate::rootfs::layers::LayerMounts;
 use crate::rootfs::overlay::{self, Upper};
 use crate::store::{LeasedLayer, Store};
@@ -175,8 +177,11 @@ fn start(
 
     // Through /proc only its owner and root get at it: whoever joins this container later looks whether the step is over.
     let _ = rustix::fs::fchmod(&life, Mode::from_raw_mode(0o444));
-    let mounts = LayerMounts::open(&config.runtime.path).map_err(failed("layers"))?;
-    make_directory(&overlay::attach_point(&config.runtime.path)).map_err(failed("runtime directory"))?;
+    let runtime = &config.runtime.path;
+    let mounts = LayerMounts::open(runtime).map_err(failed("layers"))?;
+    for directory in [overlay::attach_point(runtime), Workspace::mount_point(runtime)] {
+        make_directory(&directory).map_err(failed("runtime directory"))?;
+    }
     if !mounts.is_shared() {
         tracing::warn!("every container mounts its layers anew: the kernel lets none be pinned");
     }
@@ -313,6 +318,7 @@ impl Step<'_> {
             image_config,
             settings: &self.config.container,
             sysconf: &self.config.enroot.sysconf_path,
+            hooks: &self.config.hooks,
             runtime: &self.config.runtime.path,
             broker,
             leader: self.leader.pid.as_raw_nonzero().get(),
@@ -520,6 +526,13 @@ impl Step<'_> {
             if !from_init.is_empty() {
                 match init_channel.receive().map_err(failed("container init"))? {
                     Some((FromInit::Say(message), _)) => leader.say(message),
+                    // A child of ours that nobody has waited for: its pid means no other process, whoever controls it.
+                    Some((FromInit::WantTaskCgroup, _)) => {
+                        if let Err(error) = cgroups::join(init.unsigned_abs(), leader.pid) {
+                            tracing::warn!("hooks stay outside the job's cgroup: {}", sys::reason(error));
+                        }
+                        init_channel.send(&ToInit::InTaskCgroup, &[]).map_err(|_| vanished())?;
+                    }
                     Some((FromInit::Started, _)) => {
                         leader.channel.send(&ToLeader::Started { init }, &[]).map_err(|_| BrokerError::Cancelled)?;
                     }

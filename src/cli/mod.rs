@@ -15,6 +15,7 @@ use clap::{Parser, Subcommand};
 
 use crate::config::{self, Config};
 use crate::container::{self, InUse};
+use crate::hooks::workspace::ENROOT_MOUNT;
 use crate::rootfs::layers::LayerMounts;
 use crate::store::Store;
 
@@ -65,6 +66,7 @@ pub fn main() -> ExitCode {
         Some(role) if role == SOURCE.as_bytes() => crate::broker::import::source_role(arguments),
         Some(role) if role == SAVER.as_bytes() => crate::export::saver::main(arguments),
         Some(name) if name == ENROOT.as_bytes() => enroot::main(),
+        Some(role) if role == ENROOT_MOUNT.as_bytes() => crate::hooks::mount::main(arguments),
         _ => typed(),
     }
 }

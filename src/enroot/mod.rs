@@ -4,10 +4,12 @@
 //! Read by container init and by the commands people type, always as the user; the broker never looks at any of it.
 
 pub mod conf;
+pub mod environ;
 pub mod generated;
 mod lines;
 pub mod mounts;
 mod shell;
+pub mod substitute;
 
 use std::ffi::OsStr;
 use std::fs::{File, Metadata};

@@ -6,8 +6,9 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::substitute::Variables;
 use crate::mounts::defaults::default_mounts;
-use crate::mounts::fstab::{self, Fstab, FstabError, Pass, Variables};
+use crate::mounts::fstab::{self, Fstab, FstabError, Pass};
 use crate::sys;
 
 /// The files by which enroot's package brings the default mounts: an administrator who has one of them, changed or

@@ -121,6 +121,12 @@ impl<'de> Deserialize<'de> for Words {
 }
 
 impl ImageConfig {
+    /// The config of a root filesystem: nothing but defaults if it has none, as one that enroot made, whose own files say
+    /// what there is to know.
+    pub fn of_root(bytes: &[u8]) -> Result<Self, ConfigError> {
+        if bytes.is_empty() { Ok(Self::default()) } else { Self::parse(bytes) }
+    }
+
     /// Reads an image config.
     pub fn parse(bytes: &[u8]) -> Result<Self, ConfigError> {
         if bytes.len() as u64 > MAX_CONFIG_BYTES {

@@ -11,6 +11,7 @@ use rustix::process::DumpableBehavior;
 use rustix::thread::{CapabilitySet, ThreadNameSpaceType};
 
 use super::entrypoint::{self, Probe};
+use super::environment::FromHost;
 use super::plan::{self, Plan};
 use super::protocol::{FromInit, ToInit};
 use super::site::Site;
@@ -52,7 +53,10 @@ fn join(attach: &Attach<'_>) -> Result<Ready, InitError> {
     if instance.is_ending() {
         return Err(InitError::Gone);
     }
-    let Site { mut choices, conf, .. } = Site::load(start, &host)?;
+    let site = Site::load(start, &host)?;
+    let variables = site.hook_environment(start, environment, "/");
+    let from_host = FromHost::read(start, &site, variables)?;
+    let mut choices = site.choices;
     let namespaces = match enter_all(instance.pid(), pidfd.as_fd()) {
         Err(error) if matches!(error.raw_os_error(), Some(libc::ESRCH | libc::ENOENT)) => return Err(InitError::Gone),
         other => other.map_err(step("join the running container"))?,
@@ -62,17 +66,18 @@ fn join(attach: &Attach<'_>) -> Result<Ready, InitError> {
     die_with_parent(broker).map_err(step("container init"))?;
 
     let other = |error: &dyn std::fmt::Display| InitError::Other(error.to_string());
-    let image = ImageConfig::parse(start.image_config).map_err(|error| other(&error))?;
+    let image = ImageConfig::of_root(start.image_config).map_err(|error| other(&error))?;
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::open("/", flags, Mode::empty()).map_err(step("the container's root directory"))?;
     choices.remap_root = rustix::process::geteuid().is_root();
-    let login = identity::look_up_inside(RootDir::new(root.as_fd()), &request.user, &host, choices.remap_root)
-        .map_err(step("/etc/passwd"))?;
+    let root = RootDir::new(root.as_fd());
+    let login =
+        identity::look_up_inside(root, &request.user, &host, choices.remap_root).map_err(step("/etc/passwd"))?;
     let plan = Plan::new(request, environment, &image, &host, choices).map_err(|error| other(&error))?;
-    let mut environment = plan.environment(&image, &login);
-    entrypoint::add_named(&mut environment, request, start.environment);
+    let mut environment = from_host.with_image(start, &image, root, &plan, environment)?;
+    plan.add_login_defaults(&mut environment, &login);
     let image_or_rc = (!start.image_config.is_empty()).then_some(&image);
-    let entrypoint = entrypoint::plan(start, image_or_rc, &conf, RootDir::new(root.as_fd()));
+    let entrypoint = entrypoint::plan(start, image_or_rc, &site.conf, root);
     Ok(Ready {
         workdir: plan::workdir(&image),
         environment: memfile::sealed("pyxis-environment", &environment.to_block()).map_err(step("environment"))?,

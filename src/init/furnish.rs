@@ -2,29 +2,34 @@
 //! the image's adaptation to user and host, then, with the task's environment, what mounts after the hooks.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
+use super::environment::{FromHost, image_file};
 use super::plan::{self, Plan};
 use super::pmix;
+use super::protocol::{FromInit, ToInit};
 use super::site::Site;
-use super::{InitError, Start, step};
+use super::{InitError, Start, enter_task_cgroup, step};
 use crate::devices::private;
-use crate::enroot::{generated, mounts};
+use crate::enroot::{environ, generated, mounts};
+use crate::hooks;
+use crate::hooks::workspace::Workspace;
 use crate::image::config::ImageConfig;
 use crate::mounts::apply::{apply, missing_sources};
 use crate::mounts::entry::MountEntry;
-use crate::mounts::fstab::{Fstab, Pass};
+use crate::mounts::fstab::{self, Fstab, Pass};
 use crate::mounts::rootdir::RootDir;
 use crate::mounts::unshared;
 use crate::request::{Environment, ImageSource};
 use crate::rootfs::identity::{HostUser, Login};
 use crate::rootfs::{adapt, identity, overlay};
 use crate::sys;
+use crate::sys::channel::Channel;
 use crate::sys::mount::{attach, clone_tree};
-use crate::task::UserMessage;
 
 /// A container's root filesystem while it is being furnished.
 #[derive(Debug)]
@@ -36,7 +41,8 @@ pub struct Furnisher<'a> {
     plan: Plan,
     root: OwnedFd,
     fstab: Fstab,
-    /// Of the container, unless the image has them.
+    environment: Environment,
+    /// Of the container, unless something else gives them a value.
     variables: Vec<(&'static str, Vec<u8>)>,
     /// For the node's log.
     log: Vec<String>,
@@ -61,10 +67,16 @@ impl<'a> Furnisher<'a> {
         }
         let mut log = site.conf.warnings.clone();
         let variables = site.hook_environment(start, start.environment, &rootfs(start));
-        let mut fstab =
-            mounts::read(start.sysconf, &site.user_directory, &|name| text(&variables, name)).map_err(other)?;
+        let variable = |name: &str| variables.get(name).map(<[u8]>::to_owned);
+        let mut fstab = match image_file(start, RootDir::new(root.as_fd()), "/etc/fstab", fstab::MAX_FILE)? {
+            Some(text) => Fstab::parse(&String::from_utf8_lossy(&text), "the image's /etc/fstab", Some(&variable))
+                .map_err(|error| InitError::Log(vec![error.to_string()]))?,
+            None => Fstab::default(),
+        };
+        fstab.extend(mounts::read(start.sysconf, &site.user_directory, &variable).map_err(other)?);
         log.append(&mut fstab.warnings);
-        Ok(Self { start, site, image, host, plan, root, fstab, variables: Vec::new(), log })
+        let environment = Environment::default();
+        Ok(Self { start, site, image, host, plan, root, fstab, environment, variables: Vec::new(), log })
     }
 
     fn root(&self) -> RootDir<'_> {
@@ -108,10 +120,23 @@ impl<'a> Furnisher<'a> {
         Ok(login)
     }
 
-    /// What needs the task's environment, and what comes after it: the remaining mounts, the image's, the site's and the
-    /// user's.
-    pub fn with_the_task(&mut self, task: &Environment, say: &mut dyn FnMut(UserMessage)) -> Result<(), InitError> {
-        self.variables = pmix::share(self.start, self.root(), task, say);
+    /// What takes the task's environment: the container's own, the hooks, and then the remaining mounts, the image's, the
+    /// site's and the user's.
+    pub fn with_the_task(&mut self, task: &Environment, channel: &Channel<FromInit, ToInit>) -> Result<(), InitError> {
+        // Who cannot be told has ended, and so will this process.
+        self.variables = pmix::share(self.start, self.root(), task, &mut |message| {
+            let _ = channel.send(&FromInit::Say(message), &[]);
+        });
+        let host = self.site.hook_environment(self.start, task, &rootfs(self.start));
+        let from_host = FromHost::read(self.start, self.site, host.clone())?;
+        self.environment = from_host.with_image(self.start, self.image, self.root(), &self.plan, task)?;
+        self.log.extend(from_host.log);
+        let hooks = hooks::find(self.start.sysconf, &self.site.user_directory).map_err(other)?;
+        self.log.extend(hooks.skipped);
+        if !hooks.programs.is_empty() {
+            enter_task_cgroup(channel)?;
+            self.run_hooks(&hooks.programs, host)?;
+        }
         for volume in self.plan.volumes() {
             keep_writable(self.root(), volume).map_err(|errno| {
                 other(format!("cannot mount the image's volume {}: {}", volume.display(), sys::reason(errno)))
@@ -120,6 +145,32 @@ impl<'a> Furnisher<'a> {
         let entries: Vec<MountEntry> = self.fstab.of(Pass::AfterHooks).cloned().collect();
         self.mount(&entries)?;
         let entries = std::mem::take(&mut self.plan.user_mounts);
+        self.mount(&entries)
+    }
+
+    fn run_hooks(&mut self, programs: &[PathBuf], mut environment: Environment) -> Result<(), InitError> {
+        let before = environ::to_lines(&self.environment);
+        let workspace = Workspace::create(self.start.runtime, &before).map_err(step("hooks"))?;
+        workspace.announce(&mut environment);
+        let time = Duration::from_secs(self.start.hooks.timeout_seconds.into());
+        let said = hooks::run(programs, &environment, &self.start.request.cwd, time).map_err(|error| {
+            InitError::Log(error.log.into_iter().chain([format!("[ERROR] {}", error.reason)]).collect())
+        })?;
+        self.log.extend(said);
+        // A hook may have mounted a new root.
+        self.enter_topmost();
+        let after = workspace.environ().map_err(step("the hooks' ENROOT_ENVIRON"))?;
+        self.environment = environ::after_hooks(&self.environment, &before, &after);
+        let lines = workspace.mounts().map_err(step("the hooks' ENROOT_MOUNTS"))?;
+        let fstab = Fstab::parse(&String::from_utf8_lossy(&lines), "ENROOT_MOUNTS", None)
+            .map_err(|error| InitError::Log(vec![error.to_string()]))?;
+        self.log.extend(fstab.warnings.iter().cloned());
+        self.log.extend(
+            fstab
+                .of(Pass::BeforeHooks)
+                .map(|entry| format!("ENROOT_MOUNTS: never mounted: {}: it is too late for the pass -1", entry.target)),
+        );
+        let entries: Vec<MountEntry> = fstab.of(Pass::AfterHooks).cloned().collect();
         self.mount(&entries)
     }
 
@@ -144,22 +195,18 @@ impl<'a> Furnisher<'a> {
     }
 
     /// The container's environment, its root, and what is to be logged.
-    pub fn finish(self, login: &Login) -> (Environment, OwnedFd, Vec<String>) {
-        let mut environment = self.plan.environment(self.image, login);
+    pub fn finish(mut self, login: &Login) -> (Environment, OwnedFd, Vec<String>) {
         for (name, value) in self.variables {
-            environment.set_default(name, value);
+            self.environment.set_default(name, value);
         }
-        (environment, self.root, self.log)
+        self.plan.add_login_defaults(&mut self.environment, login);
+        (self.environment, self.root, self.log)
     }
 }
 
 /// Where the root filesystem can be reached before it is the root.
 fn rootfs(start: &Start<'_>) -> String {
     overlay::attach_point(start.runtime).to_string_lossy().into_owned()
-}
-
-fn text(environment: &Environment, name: &str) -> Option<String> {
-    environment.get(name).map(|value| String::from_utf8_lossy(value).into_owned())
 }
 
 /// Binds `volume` on itself: a mount of its own does not become read-only with the root.

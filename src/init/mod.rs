@@ -7,6 +7,7 @@
 
 pub mod attach;
 mod entrypoint;
+mod environment;
 mod furnish;
 mod plan;
 mod pmix;
@@ -24,7 +25,7 @@ use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use rustix::process::Pid;
 use rustix::thread::{CapabilitySet, LinkNameSpaceType, UnshareFlags};
 
-use crate::config::ContainerSettings;
+use crate::config::{ContainerSettings, HookSettings};
 use crate::image::config::ImageConfig;
 use crate::mounts::rootdir::RootDir;
 use crate::namespaces;
@@ -59,6 +60,8 @@ pub struct Start<'a> {
     pub settings: &'a ContainerSettings,
     /// `/etc/enroot`.
     pub sysconf: &'a Path,
+    /// Bounds of hooks.
+    pub hooks: &'a HookSettings,
     /// `/run/pyxis`.
     pub runtime: &'a Path,
     /// The process that forked this one.
@@ -209,26 +212,19 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     attach_at(root.as_fd(), Path::new(".")).map_err(step("bind the root filesystem"))?;
     rustix::process::fchdir(&root).map_err(step("enter the root filesystem"))?;
 
-    let image = match start.image_config {
-        [] => ImageConfig::default(),
-        json => ImageConfig::parse(json).map_err(|error| InitError::Other(error.to_string()))?,
-    };
+    let image = ImageConfig::of_root(start.image_config).map_err(|error| InitError::Other(error.to_string()))?;
     let mut furnisher = Furnisher::new(start, &site, &image, &host, root)?;
     let login = furnisher.before_the_task()?;
     // From here on with the task's environment, and the task is in its cgroups.
     let proceed = receive_proceed(channel)?;
-    // Who cannot be told has ended, and so will this process.
-    furnisher.with_the_task(&proceed.environment, &mut |message| {
-        let _ = channel.send(&FromInit::Say(message), &[]);
-    })?;
-    let (mut environment, root, log) = furnisher.finish(&login);
+    furnisher.with_the_task(&proceed.environment, channel)?;
+    let (environment, root, log) = furnisher.finish(&login);
     for line in log {
         let line = UserMessage::Log(format!("pyxis: {line}"));
         channel.send(&FromInit::Say(line), &[]).map_err(|_| InitError::Abandoned)?;
     }
     rustix::process::fchdir(&root).map_err(step("enter the root filesystem"))?;
     pivot().map_err(step("pivot_root"))?;
-    entrypoint::add_named(&mut environment, request, start.environment);
     let image_or_rc = (!start.image_config.is_empty()).then_some(&image);
     if image_or_rc.is_none() && !request.entrypoint {
         entrypoint::override_rc_local(RootDir::new(root.as_fd()))
@@ -262,6 +258,16 @@ fn pivot() -> io::Result<()> {
     rustix::process::pivot_root(".", ".")?;
     rustix::mount::unmount(".", UnmountFlags::DETACH)?;
     Ok(rustix::process::chdir("/")?)
+}
+
+/// Has the broker move this process to the task's cgroups, where the programs it will start belong: to do that itself it
+/// lacks the right. Takes some milliseconds.
+fn enter_task_cgroup(channel: &Channel<FromInit, ToInit>) -> Result<(), InitError> {
+    channel.send(&FromInit::WantTaskCgroup, &[]).map_err(|_| InitError::Abandoned)?;
+    match channel.receive().map_err(step("broker"))? {
+        Some((ToInit::InTaskCgroup, _)) => Ok(()),
+        _ => Err(InitError::Abandoned),
+    }
 }
 
 /// What the leading task sends when it is in its cgroups.

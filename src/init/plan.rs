@@ -58,19 +58,20 @@ impl Plan {
         self.volumes.iter().map(Path::new).filter(|volume| *volume != Path::new("/"))
     }
 
-    /// The container's environment (behaviour reference, sections 7.3 and 16.3): the image's, completed by what a login
-    /// would set.
-    pub fn environment(&self, image: &ImageConfig, login: &Login) -> Environment {
-        let mut environment: Environment = image.env.iter().collect();
-        match &self.home {
-            Some(home) => environment.set("HOME", home.as_str()),
-            None => environment.set_default("HOME", login.home.as_str()),
+    /// `HOME`, if it is the host's.
+    pub fn add_home(&self, environment: &mut Environment) {
+        if let Some(home) = &self.home {
+            environment.set("HOME", home.as_str());
         }
+    }
+
+    /// What a login would set, for what is not set (behaviour reference, section 16.3).
+    pub fn add_login_defaults(&self, environment: &mut Environment, login: &Login) {
+        environment.set_default("HOME", login.home.as_str());
         environment.set_default("USER", login.user.as_str());
         environment.set_default("LOGNAME", self.user_name.as_str());
         environment.set_default("SHELL", login.shell.as_str());
         environment.set_default("PATH", DEFAULT_PATH);
-        environment
     }
 }
 

@@ -5,6 +5,8 @@
 //! init   → Started                              in its user namespace
 //! broker → Root (+ detached overlay mount)      as soon as it exists: before Started
 //! broker → Proceed (as the leader sent it)
+//! init   → WantTaskCgroup                       if it starts programs on the host
+//! broker → InTaskCgroup
 //! init   → Ready (+ environment)                or Failed
 //! ```
 //!
@@ -25,6 +27,8 @@ pub enum ToInit {
         /// Whether the second descriptor is there.
         cgroup_namespace: bool,
     },
+    /// [`FromInit::WantTaskCgroup`] is done.
+    InTaskCgroup,
 }
 
 /// From init to the broker.
@@ -34,6 +38,9 @@ pub enum FromInit {
     Say(UserMessage),
     /// Init is in its user namespace, which others may join now.
     Started,
+    /// Init is about to run what the site or the user wrote: that belongs into the task's cgroups, to which its children
+    /// come with init itself. After Proceed.
+    WantTaskCgroup,
     /// The container can be joined. The descriptors of [`ToLeader::Ready`](crate::task::protocol::ToLeader::Ready).
     Ready {
         /// The image's working directory.

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 use super::entry::{MountEntry, is_known_option};
+use crate::enroot::substitute::{Variables, substitute};
 
 /// Most bytes of a file.
 pub const MAX_FILE: u64 = 1 << 20;
@@ -14,9 +15,6 @@ pub const MAX_FILE: u64 = 1 << 20;
 const MAX_LINE: usize = 4095;
 /// Most lines that mount something: more are a mistake, and would take the kernel's limit of mounts from others.
 const MAX_ENTRIES: usize = 10_000;
-
-/// What `${NAME}` stands for; `None` if it is not set.
-pub type Variables<'a> = &'a dyn Fn(&str) -> Option<String>;
 
 /// When a mount happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -74,7 +72,12 @@ impl Fstab {
             }
             let line = match variable {
                 // A value stays on the line it is on.
-                Some(variable) => substitute(line, &|name| Some(variable(name)?.replace('\n', "\\012"))),
+                Some(variable) => {
+                    let escaped = |name: &str| {
+                        Some(variable(name)?.split(|&byte| byte == b'\n').collect::<Vec<_>>().join(&b"\\012"[..]))
+                    };
+                    String::from_utf8_lossy(&substitute(line.as_bytes(), &escaped)).into_owned()
+                }
                 None => line.to_owned(),
             };
             if line.len() > MAX_LINE {
@@ -121,35 +124,6 @@ impl Fstab {
 }
 
 const BLANKS: [char; 3] = [' ', '\t', '\r'];
-
-/// Replaces `${NAME}`, and nothing else that looks like a variable. One that is not set is empty.
-pub fn substitute(text: &str, variable: Variables<'_>) -> String {
-    let mut result = String::new();
-    let mut rest = text;
-    while let Some((before, after)) = rest.split_once("${") {
-        result.push_str(before);
-        let name = after.split('}').next().unwrap_or_default();
-        rest = match is_name(name) && name.len() < after.len() {
-            true => {
-                result.push_str(&variable(name).unwrap_or_default());
-                after.get(name.len() + 1..).unwrap_or_default()
-            }
-            false => {
-                result.push_str("${");
-                after
-            }
-        };
-    }
-    result + rest
-}
-
-/// Whether `text` is a name that a variable can have.
-pub fn is_name(text: &str) -> bool {
-    text.bytes()
-        .enumerate()
-        .all(|(at, byte)| byte == b'_' || byte.is_ascii_alphabetic() || at > 0 && byte.is_ascii_digit())
-        && !text.is_empty()
-}
 
 struct Parsed {
     pass: i64,
@@ -216,11 +190,11 @@ mod tests {
     use super::*;
     use crate::mounts::entry::{Action, Create};
 
-    fn variable(name: &str) -> Option<String> {
+    fn variable(name: &str) -> Option<Vec<u8>> {
         [("HOME", "/h"), ("EMPTY", ""), ("LINES", "a\nb"), ("BLANK", "a b"), ("ENROOT_ROOTFS", "/root")]
             .iter()
             .find(|(key, _)| *key == name)
-            .map(|(_, value)| (*value).to_owned())
+            .map(|(_, value)| value.as_bytes().to_owned())
     }
 
     fn parse(text: &str) -> Result<Fstab, String> {

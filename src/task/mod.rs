@@ -20,5 +20,6 @@ mod start;
 
 pub use join::{Container, JoinOptions};
 pub use protocol::UserMessage;
+pub(crate) use seccomp::fake_ownership;
 pub use shared::{Leadership, LifePipe, Outcome, Role, StepShared};
 pub use start::{StartingContainer, start_broker};

@@ -81,6 +81,17 @@ impl Node {
         directory
     }
 
+    /// The path of a file of the enroot configuration.
+    pub fn enroot_file(&self, name: &str) -> String {
+        self.path("etc").join(name).to_str().unwrap().to_owned()
+    }
+
+    /// Takes the right to execute away.
+    pub fn forbid_execution(&self, name: &str) {
+        let path = self.path("etc").join(name);
+        fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+    }
+
     /// What the names of the layers' files have in common.
     pub fn store_files(&self) -> String {
         "/layers/sha256/".to_owned()
@@ -122,6 +133,12 @@ impl Node {
     /// Replaces the configuration.
     pub fn write_config(&self, text: &str) {
         fs::write(self.path("pyxis.toml"), text).unwrap();
+    }
+
+    /// Adds to the configuration.
+    pub fn append_config(&self, text: &str) {
+        let mut file = fs::OpenOptions::new().append(true).open(self.path("pyxis.toml")).unwrap();
+        file.write_all(text.as_bytes()).unwrap();
     }
 
     fn fill(&self) {
@@ -209,6 +226,12 @@ impl Node {
         self.command(&arguments).envs(variables.iter().copied()).output().unwrap()
     }
 
+    /// The same, from the host's directory `cwd`.
+    pub fn run_in(&self, cwd: &str, variables: &[(&str, &str)], options: &[&str], script: &str) -> Output {
+        let arguments = [&["run", "--user", USER.0], options, &[IMAGE, "sh", "-c", script]].concat();
+        self.command(&arguments).envs(variables.iter().copied()).current_dir(cwd).output().unwrap()
+    }
+
     /// A shell script in a container.
     pub fn run(&self, options: &[&str], script: &str) -> Output {
         let arguments = [&["run", "--user", USER.0], options, &[IMAGE, "sh", "-c", script]].concat();
@@ -288,6 +311,12 @@ fn write_file(path: &Path, text: &str) {
     fs::write(path, text).unwrap();
     let mode = if path.extension().is_some_and(|extension| extension == "sh") { 0o755 } else { 0o644 };
     fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+}
+
+/// Whether a process with this command line (`/proc/PID/cmdline`) runs.
+pub fn runs(command: &str) -> bool {
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    processes.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok()).any(|line| line == command.as_bytes())
 }
 
 fn digest(number: u8) -> Digest {

@@ -24,22 +24,25 @@ pub fn check(cluster: &mut Cluster) -> Result<()> {
 }
 
 /// What stays on a node from one step to the next, below the run directory: the namespace with the layers' mounts, its
-/// lock, the empty directory on which containers see their root, and which containers run or did lately.
-const PERMANENT: [&str; 4] = ["mounts", "lock", "root", "running"];
+/// lock, the empty directories on which containers see their root and hooks their files, and which containers run or did
+/// lately.
+const PERMANENT: [&str; 5] = ["mounts", "lock", "root", "hooks", "running"];
 
 fn leftovers(node: &Node) -> Vec<String> {
     let processes = node.processes().into_iter().map(|process| format!("process {process:?}"));
     let mounts = node.extra_mounts().into_iter().filter(|point| !point.starts_with("/run/pyxis/mounts"));
     let run = node.private("/run/pyxis");
     let runtime = names(&run).into_iter().filter(|name| !PERMANENT.contains(&name.as_str()));
-    let attached = names(&run.join("root"));
+    let attached = ["root", "hooks"].map(|name| (name, names(&run.join(name))));
+    let attached =
+        attached.into_iter().flat_map(|(at, names)| names.into_iter().map(move |name| format!("{at}/{name}")));
     let jobs = names(&node.spool()).into_iter().filter(|name| name.starts_with("job"));
     let mut unfinished = Vec::new();
     find_unfinished(&node.private("/var/lib/pyxis"), &mut unfinished);
     processes
         .chain(mounts.map(|point| format!("mount {point}")))
         .chain(runtime.map(|name| format!("/run/pyxis/{name}")))
-        .chain(attached.into_iter().map(|name| format!("/run/pyxis/root/{name}")))
+        .chain(attached.map(|name| format!("/run/pyxis/{name}")))
         .chain(jobs.map(|name| format!("spool directory {name}")))
         .chain(unfinished)
         .collect()
