@@ -31,6 +31,8 @@ pub const SOURCE: &str = "pyxis-source";
 pub const SAVER: &str = "pyxis-saver";
 /// `argv[0]` under which scripts written for enroot find its commands.
 pub const ENROOT: &str = "enroot";
+/// `argv[0]` of the process that removes the containers of a job that is over; see [`crate::container::collect`].
+pub const EPILOG: &str = "pyxis-epilog";
 
 /// Containers in Slurm steps, and on this machine.
 #[derive(Debug, Parser)]
@@ -67,6 +69,7 @@ pub fn main() -> ExitCode {
         Some(role) if role == SAVER.as_bytes() => crate::export::saver::main(arguments),
         Some(name) if name == ENROOT.as_bytes() => enroot::main(),
         Some(role) if role == ENROOT_MOUNT.as_bytes() => crate::hooks::mount::main(arguments),
+        Some(role) if role == EPILOG.as_bytes() => container::collect::epilog_role(arguments),
         _ => typed(),
     }
 }

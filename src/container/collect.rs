@@ -1,11 +1,14 @@
 //! Removing containers as root: those that are not whole, and those of a job that is over. What belongs to a user is
 //! deleted by a process that has become the user.
 
+use std::ffi::OsString;
 use std::path::Path;
+use std::process::ExitCode;
 
 use super::FullName;
 use super::kept::{Containers, KeptError, Lock, UserContainers};
 use super::running::Running;
+use crate::config::Config;
 use crate::sys::process::run_as;
 
 /// What [`collect`] did.
@@ -84,6 +87,26 @@ fn is_running(runtime: &Path, uid: u32, name: &FullName) -> bool {
         Ok(Some(running)) => running.instances(name).map_or(true, |instances| !instances.is_empty()),
         Ok(None) => false,
         Err(_) => true,
+    }
+}
+
+/// The process that the epilog starts, with the path of the configuration, the job's user and its id as arguments.
+pub fn epilog_role(arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    let arguments: Vec<OsString> = arguments.collect();
+    let number = |index: usize| arguments.get(index)?.to_str()?.parse().ok();
+    let (Some(config), Some(uid), Some(job)) = (arguments.first(), number(1), number(2)) else {
+        eprintln!("pyxis: the epilog role is started by the plugin, not by hand");
+        return ExitCode::from(2);
+    };
+    let removed = Config::load(Path::new(config)).map_err(|error| error.to_string()).and_then(|config| {
+        remove_job(&config.container.path, &config.runtime.path, uid, job).map_err(|error| error.to_string())
+    });
+    match removed {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("pyxis: epilog: {error}");
+            ExitCode::FAILURE
+        }
     }
 }
 

@@ -359,3 +359,101 @@ fn names(directory: BorrowedFd<'_>, path: &Path) -> Result<Vec<String>> {
     }
     Ok(names)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+
+    use super::*;
+
+    const UID: u32 = 4711;
+
+    fn user() -> User {
+        User { uid: UID, gid: 815, groups: Vec::new() }
+    }
+
+    fn name(name: &str) -> FullName {
+        FullName::new(name, None).unwrap()
+    }
+
+    /// A directory that users may pass through, with the containers of one of them.
+    fn containers() -> (tempfile::TempDir, PathBuf, UserContainers) {
+        let directory = tempfile::tempdir().unwrap();
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let path = directory.path().join("a/containers");
+        assert!(Containers::open(&path).unwrap().is_none());
+        let user = Containers::create(&path).unwrap().make_user(&user()).unwrap();
+        (directory, path, user)
+    }
+
+    #[test]
+    fn what_is_made_is_the_users() {
+        let (_directory, path, containers) = containers();
+        assert!(matches!(containers.try_lock(&name("x")).unwrap(), Lock::Absent));
+        containers.make(&name("x"), &user()).unwrap();
+        containers.make(&name("x"), &user()).unwrap();
+        let Lock::Taken(kept) = containers.try_lock(&name("x")).unwrap() else { panic!("not locked") };
+        kept.make_layers(&containers, &user()).unwrap();
+        for (below, mode) in [("", 0o700), ("pyxis_x", 0o700), ("pyxis_x/upper", 0o755), ("pyxis_x/work", 0o755)] {
+            let status = fs::metadata(path.join("4711").join(below)).unwrap();
+            assert_eq!((status.uid(), status.gid(), status.mode() & 0o7777), (UID, 815, mode), "{below}");
+        }
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o755);
+        assert_eq!(kept.record().unwrap(), None);
+        assert_eq!(containers.names().unwrap(), []);
+        assert_eq!(containers.all_names().unwrap(), [name("x")]);
+        assert_eq!(Containers::open(&path).unwrap().unwrap().users().unwrap(), [UID]);
+    }
+
+    #[test]
+    fn one_decides_at_a_time() {
+        let (_directory, path, containers) = containers();
+        containers.make(&name("x"), &user()).unwrap();
+        let Lock::Taken(kept) = containers.try_lock(&name("x")).unwrap() else { panic!("not locked") };
+        let other = Containers::open(&path).unwrap().unwrap().user(UID).unwrap().unwrap();
+        assert!(matches!(other.try_lock(&name("x")).unwrap(), Lock::Busy));
+        other.remove(&name("x")).unwrap();
+        assert!(matches!(other.try_lock(&name("x")).unwrap(), Lock::Absent));
+        drop(kept);
+        other.make(&name("x"), &user()).unwrap();
+        assert!(matches!(containers.try_lock(&name("x")).unwrap(), Lock::Taken(_)));
+        assert!(containers.has_removed());
+        containers.delete_removed().unwrap();
+        assert!(!containers.has_removed());
+    }
+
+    #[test]
+    fn leftovers_go_aside() {
+        let (_directory, path, containers) = containers();
+        containers.make(&name("x"), &user()).unwrap();
+        let Lock::Taken(kept) = containers.try_lock(&name("x")).unwrap() else { panic!("not locked") };
+        let own = path.join("4711/pyxis_x");
+        fs::create_dir_all(own.join("upper/old")).unwrap();
+        symlink("/etc", own.join("work")).unwrap();
+        kept.make_layers(&containers, &user()).unwrap();
+        assert_eq!(fs::read_dir(own.join("upper")).unwrap().count(), 0);
+        assert!(fs::symlink_metadata(own.join("work")).unwrap().is_dir());
+        containers.delete_removed().unwrap();
+        assert!(fs::metadata("/etc").unwrap().is_dir());
+    }
+
+    #[test]
+    fn links_and_strangers_are_refused() {
+        let (directory, path, containers) = containers();
+        let outside = directory.path().join("outside");
+        fs::create_dir(&outside).unwrap();
+        symlink(&outside, path.join("4711/pyxis_link")).unwrap();
+        containers.try_lock(&name("link")).unwrap_err();
+        fs::create_dir(path.join("4711/pyxis_root")).unwrap();
+        let error = containers.try_lock(&name("root")).unwrap_err().to_string();
+        assert!(error.starts_with("cannot lock ") && error.ends_with("pyxis_root: Operation not permitted"), "{error}");
+        symlink(&outside, path.join("1")).unwrap();
+        Containers::open(&path).unwrap().unwrap().user(1).unwrap_err();
+        chown(&path, Some(UID), None).unwrap();
+        assert!(Containers::open(&path).unwrap_err().to_string().contains("not root's alone"));
+        chown(&path, Some(0), None).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o777)).unwrap();
+        Containers::open(&path).unwrap_err();
+    }
+}

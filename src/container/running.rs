@@ -277,3 +277,99 @@ fn names(directory: &OwnedFd) -> io::Result<Vec<String>> {
     }
     Ok(names)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::container::record::Lower;
+    use crate::image::digest::Digest;
+
+    fn record() -> Record {
+        let lower = Lower::Layers { reference: None, manifest: Digest::from_bytes([1; 32]), layers: Vec::new() };
+        Record { uid: 1000, created: 1, image: "x".into(), lower, config: b"{}".to_vec() }
+    }
+
+    fn sleeper() -> (Child, Pid) {
+        let child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = Pid::from_raw(child.id().cast_signed()).unwrap();
+        (child, pid)
+    }
+
+    #[test]
+    fn a_process_is_registered_until_it_ends() {
+        let directory = tempfile::tempdir().unwrap();
+        assert!(Running::open(directory.path(), 1000).unwrap().is_none());
+        let running = Running::create(directory.path(), 1000).unwrap();
+        let name = FullName::new("x", None).unwrap();
+        assert_eq!(running.instances(&name).unwrap(), []);
+
+        let (mut child, pid) = sleeper();
+        let instance = running.register(&name, pid, 4, &record()).unwrap();
+        assert!(!instance.is_ready());
+        assert_eq!(running.instances(&name).unwrap(), [instance]);
+        let instance = running.set_ready(&name, &instance).unwrap();
+        assert_eq!(running.instances(&name).unwrap(), [instance]);
+        assert_eq!(running.names().unwrap(), std::slice::from_ref(&name));
+        assert_eq!(running.record(&name, &instance).unwrap(), record());
+        assert!(running.pidfd(&instance).unwrap().is_some());
+
+        child.kill().unwrap();
+        // A zombie is no container.
+        while running.pidfd(&instance).unwrap().is_some() {}
+        assert_eq!(running.instances(&name).unwrap(), []);
+        child.wait().unwrap();
+        assert_eq!(running.instances(&name).unwrap(), []);
+        assert_eq!((running.sweep(), running.sweep()), (1, 0));
+        assert_eq!(std::fs::read_dir(directory.path().join("running/1000")).unwrap().count(), 0);
+    }
+
+    /// W16.
+    #[test]
+    fn another_process_with_the_same_id_is_another_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let running = Running::create(directory.path(), 1000).unwrap();
+        let name = FullName::new("x", None).unwrap();
+        let (mut child, pid) = sleeper();
+        let instance = running.register(&name, pid, 4, &record()).unwrap();
+        let other = Instance { started: instance.started - 1, ..instance };
+        assert!(running.pidfd(&other).unwrap().is_none());
+        let path = directory.path().join("running/1000/pyxis_x");
+        std::fs::rename(path.join(instance.to_string()), path.join(other.to_string())).unwrap();
+        assert_eq!(running.instances(&name).unwrap(), []);
+        assert_eq!(running.sweep(), 1);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn the_program_s_name_may_be_anything() {
+        let stat = |name: &str, state: &str, flags: u64| {
+            format!("7 ({name}) {state} 1 7 7 0 -1 {flags} 1 2 3 4 5 6 7 8 20 0 1 0 4711 9 9\n")
+        };
+        assert_eq!(parse_stat(&stat("sh", "S", 0)), Some((4711, false)));
+        assert_eq!(parse_stat(&stat("a) R 1 (\n) Z 1", "S", 0x400_000)), Some((4711, false)));
+        assert_eq!(parse_stat(&stat("sh", "Z", 0)), Some((4711, true)));
+        assert_eq!(parse_stat(&stat("sh", "R", 0x404)), Some((4711, true)));
+        assert_eq!(parse_stat("7 (sh) S 1"), None);
+        assert_eq!(parse_stat(""), None);
+    }
+
+    proptest! {
+        #[test]
+        fn names_are_read_as_they_are_written(
+            started in any::<u64>(), pid in 1..i32::MAX, life in 0..i32::MAX, ready in any::<bool>(),
+        ) {
+            let instance = Instance { started, pid, life, ready };
+            prop_assert_eq!(Instance::parse(&instance.to_string()), Some(instance));
+        }
+
+        #[test]
+        fn any_name_is_judged(name in "[0-9.new-]{0,30}") {
+            let _ = Instance::parse(&name);
+        }
+    }
+}

@@ -10,7 +10,7 @@ use spank_sys::spank_t;
 
 use super::handle::{Handle, c_strings};
 use super::state::{Phase, State};
-use super::{Context, Failed, Spank, allocator, local, log, remote, slurmd};
+use super::{Context, Failed, Spank, allocator, job_script, local, log, remote, slurmd};
 use crate::options::table::OptionId;
 use crate::task::UserMessage;
 
@@ -44,6 +44,8 @@ hooks! {
     slurm_spank_task_init => task_init;
     /// Step manager, after each task: lets the container go when the last one has ended.
     slurm_spank_task_exit => task_exit;
+    /// `slurmstepd spank epilog`, when a job is over: removes its containers where they end with it.
+    slurm_spank_job_epilog => job_epilog;
     /// Every process, last.
     slurm_spank_exit => exit;
 }
@@ -105,6 +107,11 @@ fn task_exit(state: &mut State, spank: &mut dyn Spank, _: &[&str]) -> Result<(),
     Ok(())
 }
 
+fn job_epilog(_: &mut State, spank: &mut dyn Spank, arguments: &[&str]) -> Result<(), Failed> {
+    job_script::epilog(spank, arguments);
+    Ok(())
+}
+
 fn exit(state: &mut State, _: &mut dyn Spank, _: &[&str]) -> Result<(), Failed> {
     state.end();
     Ok(())
@@ -131,7 +138,7 @@ unsafe fn run(name: &str, spank: spank_t, argc: c_int, argv: *mut *mut c_char, h
         Ok(Ok(())) => 0,
         Ok(Err(Failed)) => -1,
         // On a node a failing hook would drain it or, in slurmd, keep it from starting; the task fails instead.
-        Err(Panicked(reason)) if matches!(context, Context::Remote | Context::Slurmd) && name != TASK_INIT => {
+        Err(Panicked(reason)) if is_on_node(context) && name != TASK_INIT => {
             let _ = guarded(name, || {
                 State::with(|state| {
                     state.fail_later(reason);
@@ -142,6 +149,10 @@ unsafe fn run(name: &str, spank: spank_t, argc: c_int, argv: *mut *mut c_char, h
         }
         Err(Panicked(_)) => -1,
     }
+}
+
+fn is_on_node(context: Context) -> bool {
+    matches!(context, Context::Remote | Context::Slurmd | Context::JobScript)
 }
 
 /// The hook whose failure ends the task and nothing else.

@@ -13,8 +13,7 @@
 //! | allocator | `sbatch`, `salloc`, `scrontab`, `scrun` | [`allocator`] |
 //! | remote | `slurmstepd` and the tasks it forks | [`remote`] |
 //! | slurmd | `slurmd` | [`slurmd`] |
-//!
-//! The job script context (prolog and epilog) has none: a step leaves nothing behind that an epilog would have to clean.
+//! | job script | `slurmstepd spank epilog` | [`job_script`] |
 //!
 //! Rules that hold in all of them (they follow from Slurm's behaviour in releases 20.11 to 26.05):
 //!
@@ -26,6 +25,7 @@
 pub mod allocator;
 pub mod handle;
 pub mod hooks;
+pub mod job_script;
 pub mod local;
 pub mod log;
 pub mod remote;

@@ -13,6 +13,7 @@ mod environment;
 mod identity;
 mod images;
 mod jobs;
+mod kept;
 mod lifecycle;
 mod mounts;
 mod mpi;
@@ -61,6 +62,7 @@ fn main() -> ExitCode {
         ("mpi", mpi::CASES),
         ("relay", relay::CASES),
         ("named", named::CASES),
+        ("kept", kept::CASES),
         ("bad_input", bad_input::CASES),
         ("command", command::CASES),
         ("unshare", unshare::CASES),
