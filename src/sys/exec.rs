@@ -53,3 +53,28 @@ fn execve(file: &CStr, arguments: &[CString], variables: &[CString]) -> Errno {
         Ok(never) => match never {},
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What does not work: the rest is seen by everybody who runs a container.
+    fn refused(program: &CStr, path: Option<&[u8]>) -> Errno {
+        execute(program, &[program.to_owned()], &[], path)
+    }
+
+    #[test]
+    fn what_cannot_be_executed() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("file"), "").unwrap();
+        let path = directory.path().as_os_str().as_encoded_bytes();
+        let both = [b"/nonexistent:", path, b":/etc/passwd"].concat();
+        assert_eq!(refused(c"/etc", None), Errno::EACCES);
+        assert_eq!(refused(c"/etc/passwd/x", None), Errno::ENOTDIR);
+        assert_eq!(refused(c"", None), Errno::ENOENT);
+        assert_eq!(refused(c"no-such-program", None), Errno::ENOENT);
+        assert_eq!(refused(c"no-such-program", Some(&both)), Errno::ENOENT);
+        assert_eq!(refused(c"file", Some(&both)), Errno::EACCES);
+        assert_eq!(refused(c"file", Some(b"")), Errno::ENOENT);
+    }
+}

@@ -183,21 +183,24 @@ pub fn default_signals() {
 
 /// The children of the calling, single-threaded process, ended ones included.
 pub fn children() -> io::Result<Vec<Pid>> {
-    let own = rustix::process::getpid().as_raw_nonzero();
-    match std::fs::read_to_string(format!("/proc/self/task/{own}/children")) {
+    let own = rustix::process::getpid();
+    match std::fs::read_to_string(format!("/proc/self/task/{}/children", own.as_raw_nonzero())) {
         Ok(list) => Ok(list.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect()),
-        // A kernel without CONFIG_PROC_CHILDREN: look at everybody.
-        Err(_) => {
-            let parent = |pid: Pid| {
-                let status = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
-                // PID (NAME) STATE PARENT …
-                status.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
-            };
-            let names = std::fs::read_dir("/proc")?.flatten().filter_map(|entry| entry.file_name().into_string().ok());
-            let pids = names.filter_map(|name| Pid::from_raw(name.parse().ok()?));
-            Ok(pids.filter(|&pid| parent(pid) == Some(own.get())).collect())
-        }
+        // A kernel without CONFIG_PROC_CHILDREN.
+        Err(_) => children_among_all(own),
     }
+}
+
+/// The same by looking at everybody.
+fn children_among_all(parent: Pid) -> io::Result<Vec<Pid>> {
+    let parent_of = |pid: Pid| {
+        let status = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
+        // PID (NAME) STATE PARENT …
+        status.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
+    };
+    let names = std::fs::read_dir("/proc")?.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+    let pids = names.filter_map(|name| Pid::from_raw(name.parse().ok()?));
+    Ok(pids.filter(|&pid| parent_of(pid) == Some(parent.as_raw_nonzero().get())).collect())
 }
 
 /// Lets the process have as many open files as it may: for walking trees that are deep.
@@ -295,4 +298,20 @@ pub fn end_like(status: WaitStatus) -> ! {
         exit_now(128 + number);
     }
     exit_now(status.exit_status().unwrap_or(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn children_are_found() {
+        // Of a thread that has none: the tests run in many.
+        assert_eq!(children().unwrap(), []);
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = Pid::from_raw(child.id().cast_signed()).unwrap();
+        assert!(children_among_all(rustix::process::getpid()).unwrap().contains(&pid));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
 }

@@ -307,9 +307,11 @@ fn cancelled(world: &mut World) -> Result<()> {
     let mount = format!("--container-mounts={}:/marks", marks.display());
     let step = world.start(&["--job-name=entry", &image, ASKED, &mount, "echo", "it ran"])?;
     wait::until("the entrypoint", wait::DEADLINE, || marks.join("started").exists().then_some(()))?;
-    world.bed.cluster.admin("scancel", ["--name=entry"])?;
+    // This one alone: nothing worse follows after a while.
+    world.bed.cluster.admin("scancel", ["--signal=TERM", "--name=entry"])?;
     let output = step.wait(wait::DEADLINE)?;
     ensure!(!output.status.success() && !output.stdout.contains("it ran"), "{output}");
+    ensure!(output.stderr.contains("pyxis: container start was interrupted"), "{output}");
     fs::remove_dir_all(marks)?;
     Ok(())
 }
