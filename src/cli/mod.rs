@@ -5,6 +5,7 @@ mod doctor;
 mod enroot;
 pub mod gc;
 mod run;
+mod supervise;
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;

@@ -6,12 +6,11 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 use std::process::ExitCode;
 
-use rustix::process::{Pid, Signal, WaitOptions, WaitStatus};
-
+use super::supervise::in_child;
 use crate::options::Options;
 use crate::options::table::OptionId;
 use crate::request::{Environment, PROTOCOL_VERSION, StepRequest, User};
-use crate::sys::process::{Forked, become_user, exit_now, fork};
+use crate::sys::process::{become_user, exit_now};
 use crate::task::{JoinOptions, LifePipe, Outcome, UserMessage, start_broker};
 
 type Error = Box<dyn std::error::Error>;
@@ -81,18 +80,12 @@ pub fn run(args: &RunArgs, config: &Path) -> Result<ExitCode, Error> {
     let life = LifePipe::create()?;
 
     // This process is what slurmstepd is for a step: it keeps the life pipe. The child is the task.
-    let inherited = crate::sys::process::block_signals_to_forward();
-    // SAFETY: nothing has started a thread.
-    match unsafe { fork(0) }? {
-        Forked::Child => {
-            crate::sys::process::restore_signals(&inherited);
-            drop(life.write);
-            let error = task(args, config, &request, &environment, &life.read);
-            eprintln!("pyxis: {error}");
-            exit_now(1)
-        }
-        Forked::Parent(child) => Ok(supervise(child)),
-    }
+    let LifePipe { read, write } = life;
+    let program = || {
+        drop(write);
+        Err(task(args, config, &request, &environment, &read))
+    };
+    Ok(in_child(program, |error| eprintln!("pyxis: {error}"))?)
 }
 
 fn join(mut name: OsString, value: OsString) -> Vec<u8> {
@@ -202,28 +195,4 @@ fn execute(command: &[OsString], environment: &Environment) -> Result<Error, Err
     let name = arguments.first().ok_or("no command")?;
     let errno = crate::sys::exec::execute(name, &arguments, &variables, environment.get("PATH"));
     Ok(format!("{}: {}", name.to_string_lossy(), errno.desc()).into())
-}
-
-/// Waits for the task, passing on signals, and ends as it did (128 + N for signal N, as shells have it).
-fn supervise(child: Pid) -> ExitCode {
-    loop {
-        match crate::sys::process::wait_for_signal() {
-            Ok(Signal::CHILD) => {}
-            Ok(signal) => {
-                let _ = rustix::process::kill_process(child, signal);
-                continue;
-            }
-            Err(_) => continue,
-        }
-        match rustix::process::waitpid(Some(child), WaitOptions::NOHANG) {
-            Ok(Some((_, status))) => return exit_code(status),
-            Ok(None) => {}
-            Err(_) => return ExitCode::FAILURE,
-        }
-    }
-}
-
-fn exit_code(status: WaitStatus) -> ExitCode {
-    let code = status.exit_status().or_else(|| status.terminating_signal().map(|signal| 128 + signal)).unwrap_or(1);
-    ExitCode::from(u8::try_from(code).unwrap_or(1))
 }

@@ -1,4 +1,4 @@
-//! Deleting a container's directory, as the user whose files they are: the tree is his, so it may be as odd as he likes,
+//! Deleting a tree of files, a container's directory say, as the user whose files they are: the tree is his, so it may be as odd as he likes,
 //! and change meanwhile. No link is followed, no other file system is entered, and however deep it is, it takes a fixed
 //! number of descriptors: what lies deeper is first moved up.
 
@@ -12,7 +12,7 @@ use rustix::io::Errno;
 
 /// Deletes the directory `name` in `parent` and all that is in it. What cannot be deleted is left, and the first reason is
 /// the error.
-pub fn remove_tree(parent: BorrowedFd<'_>, name: &str) -> Result<(), Errno> {
+pub fn remove_tree(parent: BorrowedFd<'_>, name: impl rustix::path::Arg + Copy) -> Result<(), Errno> {
     let top = match open(parent, name) {
         Err(Errno::NOENT) => return Ok(()),
         // No directory.

@@ -203,14 +203,6 @@ fn children_among_all(parent: Pid) -> io::Result<Vec<Pid>> {
     Ok(pids.filter(|&pid| parent_of(pid) == Some(parent.as_raw_nonzero().get())).collect())
 }
 
-/// Lets the process have as many open files as it may: for walking trees that are deep.
-pub fn raise_descriptor_limit() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    // With the old limit it works, too, for most trees.
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
-}
-
 /// Blocks every signal that can be blocked.
 pub fn block_all_signals() {
     // SAFETY: the set is initialised by sigfillset before it is used.

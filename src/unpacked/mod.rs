@@ -7,7 +7,6 @@
 
 #![forbid(unsafe_code)]
 
-mod remove;
 pub mod squashfs;
 pub mod tree;
 
@@ -20,7 +19,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
-pub use remove::remove_tree;
+use crate::container::remove::remove_tree;
 
 /// What hidden directories' names begin with.
 const UNFINISHED: &str = ".pyxis-unfinished.";
@@ -117,7 +116,7 @@ impl Containers {
             Ok((hidden, lock)) => {
                 let removed = remove_tree(directory.as_fd(), &hidden);
                 drop(lock);
-                removed.map_err(failed)
+                removed.map_err(|errno| failed(errno.into()))
             }
             Err(Errno::NOENT) => Err(UnpackedError::Missing(path)),
             Err(errno) => Err(failed(errno.into())),

@@ -7,13 +7,12 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Timespec, Timestamps, XattrFlags};
 use rustix::io::Errno;
 
-use super::remove_tree;
+use crate::container::remove::remove_tree;
 
 /// What an inode has, besides its content.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -84,7 +83,7 @@ impl<'a> TreeWriter<'a> {
         // It may be the one that was used last.
         self.last = None;
         let (parent, name) = self.parent(path)?;
-        remove_tree(parent, std::ffi::OsStr::from_bytes(name))
+        Ok(remove_tree(parent, name)?)
     }
 
     /// Sets the attributes of a directory, when nothing is going to be made in it any more. The empty path is the root.

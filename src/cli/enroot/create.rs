@@ -10,7 +10,6 @@ use rustix::fs::{Mode, OFlags};
 use super::{Context, Error, say};
 use crate::import::LayerLimits;
 use crate::squashfs::reader::{self, Image};
-use crate::sys::process::raise_descriptor_limit;
 use crate::unpacked::Containers;
 use crate::unpacked::squashfs::unpack;
 use crate::unpacked::tree::TreeWriter;
@@ -30,7 +29,6 @@ pub struct CreateArgs {
 
 /// Runs the command.
 pub fn run(args: &CreateArgs, context: &Context) -> Result<ExitCode, Error> {
-    raise_descriptor_limit();
     let image = open(&args.image)?;
     let name = match &args.name {
         Some(name) => name.clone(),

@@ -15,7 +15,6 @@ use crate::importer::protocol::LayerDescriptor;
 use crate::pull::cache::Cache;
 use crate::pull::{DirectorySink, Fetch, SquashfsSink, unpack};
 use crate::squashfs::writer::{DEFAULT_OPTIONS, Options, Writer};
-use crate::sys::process::raise_descriptor_limit;
 use crate::unpacked::Containers;
 
 /// Layers downloaded at the same time, unless `ENROOT_MAX_CONNECTIONS` says otherwise.
@@ -73,7 +72,6 @@ pub fn import(args: &ImportArgs, context: &Context) -> Result<ExitCode, Error> {
 
 /// Runs `load`.
 pub fn load(args: &LoadArgs, context: &Context) -> Result<ExitCode, Error> {
-    raise_descriptor_limit();
     let name = match &args.name {
         Some(name) => name.clone(),
         None => name_of(&args.image)?.into(),

@@ -7,9 +7,12 @@
 
 mod create;
 mod digest;
+mod exec;
 mod import;
 mod info;
+mod known;
 mod list;
+mod processes;
 mod remove;
 mod say;
 mod settings;
@@ -58,6 +61,8 @@ pub enum Command {
     Create(create::CreateArgs),
     /// Print the digest of an image
     Digest(digest::DigestArgs),
+    /// Execute a command inside a container that runs
+    Exec(exec::ExecArgs),
     /// List container root filesystems
     List(list::ListArgs),
     /// Delete container root filesystems
@@ -136,6 +141,7 @@ fn dispatch(command: Command, config: &Path, called_as: CalledAs) -> Result<Exit
         Command::Load(args) => import::load(&args, &context()?),
         Command::Create(args) => create::run(&args, &context()?),
         Command::Digest(args) => digest::run(&args, &context()?),
+        Command::Exec(args) => exec::run(&args, &context()?),
         Command::List(args) => list::run(&args, &context()?),
         Command::Remove(args) => remove::run(&args, &context()?),
         Command::Info => info::run(&context()?),

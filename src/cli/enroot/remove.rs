@@ -4,9 +4,8 @@ use std::ffi::OsString;
 use std::io::{self, BufRead, Write};
 use std::process::ExitCode;
 
+use super::known::Known;
 use super::{Context, Error, say};
-use crate::sys::process::raise_descriptor_limit;
-use crate::unpacked::Containers;
 
 /// Delete container root filesystems.
 #[derive(Debug, clap::Args)]
@@ -21,14 +20,13 @@ pub struct RemoveArgs {
 
 /// Runs the command. One that cannot be removed does not keep the others.
 pub fn run(args: &RemoveArgs, context: &Context) -> Result<ExitCode, Error> {
-    raise_descriptor_limit();
-    let containers = Containers::new(context.settings.data_path());
+    let known = Known::new(context);
     let force = args.force || context.settings.force_override();
     let mut code = ExitCode::SUCCESS;
     for name in &args.names {
-        let outcome = containers.find(name).and_then(|path| {
-            if force || confirmed(&path.display().to_string()) { containers.remove(name) } else { Ok(()) }
-        });
+        let outcome = known
+            .find(name)
+            .and_then(|path| if force || confirmed(&path.display().to_string()) { known.remove(name) } else { Ok(()) });
         if let Err(error) = outcome {
             say::error(error);
             code = ExitCode::FAILURE;
