@@ -84,3 +84,46 @@ fn settings_come_from_the_environment_and_from_files() {
         assert!(lines.contains(&line.as_str()), "{line}: {output}");
     }
 }
+
+/// The programs that make containers are others here: what counts is what proc(5) says.
+#[test]
+fn what_runs_is_listed_and_can_be_entered() {
+    let world = World::new("running");
+    world.push_busybox();
+    world.ok(&["load", "-n", "box", &world.uri("busybox")]);
+    world.ok(&["load", "-n", "other", &world.uri("busybox")]);
+    let root = world.home.join(".local/share/enroot/box");
+    std::fs::create_dir_all(root.join("proc")).unwrap();
+    testbed::process::output_of(std::process::Command::new("mkfifo").arg("--mode=666").arg(root.join("fifo"))).unwrap();
+    let mut bwrap = world.user.command("bwrap");
+    bwrap.args(["--unshare-user", "--uid", "0", "--unshare-pid", "--bind"]).arg(&root);
+    bwrap.args(["/", "--proc", "/proc", "--chdir", "/etc"]).env("COLOUR", "blue");
+    bwrap.args(["sh", "-c", "echo ready; read -r x < /fifo"]);
+    let mut running = Running::start(bwrap.stdin(Stdio::null())).unwrap();
+    running.wait_for_text("ready", wait::DEADLINE).unwrap();
+
+    let text = world.ok(&["list", "--fancy"]);
+    let lines: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(lines[0], ["NAME", "PID", "COMM", "STATE", "STARTED", "TIME", "MNTNS", "USERNS", "COMMAND"]);
+    let row = lines.iter().find(|row| row[0] == "box" && row.len() > 1).unwrap_or_else(|| panic!("{text}"));
+    assert!(lines.contains(&vec!["other"]), "{text}");
+    let pid = row[1];
+
+    let script = "echo $COLOUR $MORE $PWD; id -u; ls -d /bin/busybox; echo $0; exit 7";
+    let output = world.run(&["exec", "-e", "MORE=than that", pid, "sh", "-c", script, "zero"]);
+    assert_eq!(
+        (output.stdout.as_str(), output.code()),
+        ("blue than that /etc\n0\n/bin/busybox\nzero\n", 7),
+        "{output}"
+    );
+    let seccomp = world.ok(&["exec", pid, "grep", "Seccomp:", "/proc/self/status"]);
+    assert_eq!(seccomp, "Seccomp:\t2\n");
+    assert_eq!(world.error(&["exec", pid, "nonsense"]), "Command not found: nonsense");
+    for bad in ["0", "-1", "x", "999999999"] {
+        assert_eq!(world.error(&["exec", "--", bad, "true"]), format!("Process not found: {bad}"));
+    }
+    let own = std::process::id().to_string();
+    let error = world.error(&["exec", &own, "true"]);
+    assert!(error.contains("Permission denied") || error.contains("in no container"), "{error}");
+    drop(running);
+}

@@ -4,6 +4,7 @@
 
 mod containers;
 mod create;
+mod export;
 mod images;
 mod imports;
 mod tree;

@@ -36,7 +36,7 @@ pub struct ExecArgs {
 /// Runs the command; its exit code is ours.
 pub fn run(args: &ExecArgs, context: &Context) -> Result<ExitCode, Error> {
     let not_found = || -> Error { format!("Process not found: {}", args.pid).into() };
-    let pid = args.pid.parse().ok().and_then(Pid::from_raw).ok_or_else(not_found)?;
+    let pid = args.pid.parse().ok().filter(|&pid: &i32| pid > 0).and_then(Pid::from_raw).ok_or_else(not_found)?;
     let number = pid.as_raw_nonzero().get();
     let pidfd = match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
         Err(Errno::SRCH | Errno::INVAL) => return Err(not_found()),

@@ -106,6 +106,19 @@ impl Known {
         }
     }
 
+    /// Where the unpacked root filesystem `name` is. `option` is what a step is given that does the same with a container
+    /// that is kept for steps: only root can mount those.
+    pub fn find_unpacked(&self, name: &OsStr, option: &str) -> Result<PathBuf, Error> {
+        match (self.unpacked.find(name), self.kept(name)) {
+            (Err(_), Some(kept)) => {
+                let given = kept.as_str().split_once('_').map_or(kept.as_str(), |(_, given)| given);
+                let text = format!("{kept} is kept for steps of Slurm: use srun --container-name={given} {option}");
+                Err(text.trim_end().into())
+            }
+            (found, _) => Ok(found?),
+        }
+    }
+
     /// The container `name` that is kept for steps.
     fn kept(&self, name: &OsStr) -> Option<FullName> {
         let name = FullName::parse(name.to_str()?)?;

@@ -8,6 +8,7 @@
 mod create;
 mod digest;
 mod exec;
+mod export;
 mod import;
 mod info;
 mod known;
@@ -63,6 +64,8 @@ pub enum Command {
     Digest(digest::DigestArgs),
     /// Execute a command inside a container that runs
     Exec(exec::ExecArgs),
+    /// Create an image from a container root filesystem
+    Export(export::ExportArgs),
     /// List container root filesystems
     List(list::ListArgs),
     /// Delete container root filesystems
@@ -142,6 +145,7 @@ fn dispatch(command: Command, config: &Path, called_as: CalledAs) -> Result<Exit
         Command::Create(args) => create::run(&args, &context()?),
         Command::Digest(args) => digest::run(&args, &context()?),
         Command::Exec(args) => exec::run(&args, &context()?),
+        Command::Export(args) => export::run(&args, &context()?),
         Command::List(args) => list::run(&args, &context()?),
         Command::Remove(args) => remove::run(&args, &context()?),
         Command::Info => info::run(&context()?),
