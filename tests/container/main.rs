@@ -2,6 +2,7 @@
 //! built by mkfs.erofs, so that what is judged here is the mount path, container init and the join alone.
 
 mod enroot;
+mod rc;
 mod seed;
 
 use std::process::Output;

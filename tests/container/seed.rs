@@ -192,6 +192,24 @@ impl Node {
         }
     }
 
+    /// Gives the image another layer with these files and takes its config away: as a root filesystem of enroot's is, which
+    /// files describe.
+    pub fn describe_by_files(&self, files: &[(&str, &str)]) {
+        let store = Store::open(&self.path("store")).unwrap();
+        let layer = self.layer(&store, 3, |root| {
+            for (name, content) in files {
+                write_file(&root.join(name), content);
+            }
+        });
+        let base = LayerDescriptor { blob: digest(1), diff_id: digest(1), size: 0 };
+        let reference = ImageReference::parse(IMAGE).unwrap();
+        let (manifest, config, confirmed_at) = (digest(10), store.keep_config(&[]).unwrap(), now());
+        let reference = ReferenceRecord { reference, manifest, confirmed_at };
+        let manifest =
+            ManifestRecord { origin: "seed.test/image".into(), config, layers: vec![base, layer], confirmed_at };
+        store.confirm(USER.1, &reference, &manifest).unwrap();
+    }
+
     fn layer(&self, store: &Store, number: u8, fill: impl FnOnce(&Path)) -> LayerDescriptor {
         let tree = self.path(&format!("tree-{number}"));
         fs::create_dir(&tree).unwrap();
