@@ -326,5 +326,6 @@ proptest! {
             prop_assert_eq!(mounted[path.as_bytes()].mode, u32::from(mode), "{}", path);
         }
         tree::assert_same(&image.unpacked(), &mounted);
+        tree::assert_same(&image.read(), &mounted);
     }
 }

@@ -1,5 +1,7 @@
-//! Squashfs images and exported root filesystems, judged by `unsquashfs` and by the kernel. Run as root: mounts file systems.
+//! Squashfs images and exported root filesystems, judged by `unsquashfs`, by the kernel and by our own reader. Run as root: mounts file systems.
 
+#[path = "../squashfs/contents.rs"]
+mod contents;
 mod filesystems;
 mod images;
 mod support;

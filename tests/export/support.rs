@@ -4,9 +4,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use rustix::mount::UnmountFlags;
+use spank_pyxis::squashfs::reader;
 use spank_pyxis::squashfs::writer::{Attributes, Options, Writer};
 use tempfile::{NamedTempFile, TempDir};
 
+use crate::contents;
 use crate::tree::{self, Tree};
 
 /// Attributes without anything special.
@@ -70,11 +72,19 @@ impl Image {
         Mounted(directory)
     }
 
-    /// What both of them find in it.
+    /// What our own reader finds in it.
+    #[track_caller]
+    pub fn read(&self) -> Tree {
+        let image = reader::Image::open(self.0.reopen().unwrap()).unwrap();
+        contents::read(&image).unwrap()
+    }
+
+    /// What all of them find in it.
     #[track_caller]
     pub fn judged(&self) -> Tree {
         let mounted = tree::read(&self.mount().path()).unwrap();
         tree::assert_same(&self.unpacked(), &mounted);
+        tree::assert_same(&self.read(), &mounted);
         mounted
     }
 }

@@ -1,6 +1,7 @@
 //! Squashfs images made by mksquashfs, judged by the tree that they were made from, by unsquashfs and by the kernel. Run as
 //! root: mounts file systems.
 
+mod contents;
 mod damage;
 mod features;
 mod formats;

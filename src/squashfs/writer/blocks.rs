@@ -87,7 +87,7 @@ impl BlockWriter {
             }
             _ => Workers::None(compressor()?),
         };
-        let mut output = BufWriter::with_capacity(1 << 20, file);
+        let mut output = BufWriter::with_capacity(64 << 10, file);
         output.write_all(header)?;
         Ok(Self {
             output,
