@@ -14,7 +14,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use testbed::install::Build;
-use testbed::{ClusterOptions, Testbed, images, process};
+use testbed::{ClusterOptions, Running, Testbed, images, process, wait};
 
 /// Rounds of each comparison.
 const ROUNDS: usize = 60;
@@ -45,6 +45,7 @@ fn bench() -> Result<()> {
     println!("| figure | baseline | with Pyxis | difference | ratio | CPU, baseline | CPU, with Pyxis |");
     println!("| --- | ---: | ---: | ---: | ---: | ---: | ---: |");
     steps(&bed)?;
+    named(&bed)?;
     plugin_alone(&bed)?;
     runtimes(&bed)?;
     println!("\nMedians of {ROUNDS} alternating runs; CPU is the mean of the whole machine's, idle time left out.");
@@ -178,6 +179,31 @@ fn steps(bed: &Testbed) -> Result<()> {
         ])?;
     }
     Ok(())
+}
+
+/// Steps in a container that is kept, against the same step without a container: one after the other, and in one that
+/// another step runs.
+fn named(bed: &Testbed) -> Result<()> {
+    let allocation = Allocation::new(bed)?;
+    let options = |words: &[&str]| -> Vec<String> { ["-n1"].iter().chain(words).map(|&word| word.into()).collect() };
+    allocation.step(&options(&["--container-image=alpine", "--container-name=stopped"]))?;
+    let job = format!("--jobid={}", allocation.job);
+    let arguments = [&job, "--overlap", "--mpi=none", "-n1", "--container-image=alpine", "--container-name=running"];
+    let mut command = bed.cluster.command(0, "srun", arguments.iter().chain(&["sh", "-c", "echo up; exec cat"]));
+    let mut running = Running::start(command.stdin(Stdio::piped()))?;
+    running.wait_for_text("up", wait::DEADLINE)?;
+    let contender = |name: &str, words: &[&str]| {
+        let (allocation, options) = (&allocation, options(&[&["--overlap"], words].concat()));
+        Contender::new(name, move || allocation.step(&options))
+    };
+    compare(&mut [
+        contender("a bare step beside another one", &[]),
+        contender("a second step in a named container", &["--container-name=stopped"]),
+        contender("a step that attaches to a running container", &["--container-name=running:exec"]),
+        contender("a step that shares its root filesystem only", &["--container-name=running:no_exec"]),
+    ])?;
+    running.write_stdin(b"")?;
+    running.wait(wait::DEADLINE)?.success().map(drop)
 }
 
 /// A step without any option, with the plugin loaded and without.
