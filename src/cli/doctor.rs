@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use crate::config::Config;
+use crate::container::kept::Containers;
 use crate::image::reference::ImageReference;
 use crate::registry::client::Client;
 use crate::registry::credentials::CredentialSet;
@@ -83,6 +84,7 @@ pub fn run(args: &DoctorArgs, path: &Path) -> Result<ExitCode, Box<dyn std::erro
     if rustix::process::geteuid().is_root() {
         checks.push(store(&config));
         checks.push(root_filesystem(&config));
+        checks.push(named_containers(&config));
     } else {
         checks.push(Check::bad("store", Status::Warning, "not looked at", "run \"pyxis doctor\" as root"));
     }
@@ -136,6 +138,20 @@ fn root_filesystem(config: &Config) -> Check {
     match probe::container_root(&config.store.path, &config.runtime.path) {
         Ok(()) => Check::ok(name, "an image can be mounted, idmapped and overlaid"),
         Err(error) => Check::bad(name, Status::Failed, error, "containers do not start"),
+    }
+}
+
+fn named_containers(config: &Config) -> Check {
+    let (name, path) = ("named containers", &config.container.path);
+    let tried = Containers::create(path).map_err(|error| error.to_string()).and_then(|_| probe::upper_layers(path));
+    match tried {
+        Ok(()) => Check::ok(name, format!("kept in {}", path.display())),
+        Err(error) => Check::bad(
+            name,
+            Status::Warning,
+            error,
+            "steps with --container-name fail: set container.path to a directory on a local disk (ext4, xfs)",
+        ),
     }
 }
 

@@ -6,6 +6,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::path::Path;
 
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags};
 use rustix::process::WaitOptions;
 use rustix::thread::UnshareFlags;
@@ -29,12 +30,27 @@ const NOBODY: User = User { uid: 65534, gid: 65534, groups: Vec::new() };
 ///
 /// The error is a line that names the step which failed. Single-threaded callers only.
 pub fn container_root(store: &Path, runtime: &Path) -> Result<(), String> {
+    in_child(|| try_root(store, runtime))
+}
+
+/// Tries whether `directory`, in which nothing else is touched, can hold overlayfs's upper layers.
+///
+/// As [`container_root`] in everything else.
+pub fn upper_layers(directory: &Path) -> Result<(), String> {
+    let own = directory.join(format!(".probe-{}", std::process::id()));
+    let tried = in_child(|| try_upper(&own));
+    // In this process: the mount is gone with the child.
+    let _ = std::fs::remove_dir_all(&own);
+    tried
+}
+
+fn in_child(attempt: impl FnOnce() -> Result<(), String>) -> Result<(), String> {
     let (mut result, mut report) = io::pipe().map_err(sys::reason)?;
     // SAFETY: the caller has one thread.
     match unsafe { fork(0) }.map_err(sys::reason)? {
         Forked::Child => {
             drop(result);
-            let text = try_root(store, runtime).err().unwrap_or_default();
+            let text = attempt().err().unwrap_or_default();
             let _ = report.write_all(text.as_bytes());
             exit_now(0)
         }
@@ -52,12 +68,32 @@ pub fn container_root(store: &Path, runtime: &Path) -> Result<(), String> {
     }
 }
 
+fn try_upper(own: &Path) -> Result<(), String> {
+    let step = |what: &'static str| move |error: io::Error| format!("{what}: {}", sys::reason(error));
+    private_mounts()?;
+    for name in ["l/removed", "u", "w", "m"] {
+        std::fs::create_dir_all(own.join(name)).map_err(step("directory"))?;
+    }
+    std::env::set_current_dir(own).map_err(step("directory"))?;
+    let options = c"lowerdir=l,upperdir=u,workdir=w,index=off";
+    rustix::mount::mount("pyxis", "m", "overlay", MountFlags::empty(), options)
+        .map_err(|errno| step("overlay")(errno.into()))?;
+    // Takes a device node and a trusted attribute.
+    std::fs::remove_dir("m/removed").map_err(step("whiteout"))?;
+    std::fs::create_dir("m/removed").map_err(step("opaque directory"))
+}
+
+fn private_mounts() -> Result<(), String> {
+    let step = |what: &'static str| move |errno: Errno| format!("{what}: {}", sys::reason(errno));
+    // SAFETY: a mount namespace changes no descriptor or memory of this single-threaded process.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.map_err(step("mount namespace"))?;
+    rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+        .map_err(step("mount propagation"))
+}
+
 fn try_root(store: &Path, runtime: &Path) -> Result<(), String> {
     let step = |what: &'static str| move |error: io::Error| format!("{what}: {}", sys::reason(error));
-    // SAFETY: a mount namespace changes no descriptor or memory of this single-threaded process.
-    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.map_err(|e| step("mount namespace")(e.into()))?;
-    rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
-        .map_err(|errno| step("mount propagation")(errno.into()))?;
+    private_mounts()?;
     // Hides the real one, whose layers this must not touch.
     std::fs::create_dir_all(runtime).map_err(step("runtime directory"))?;
     rustix::mount::mount("pyxis", runtime, "tmpfs", MountFlags::empty(), None)
