@@ -38,8 +38,8 @@ pub struct StepRequest {
     pub entrypoint_log: bool,
     /// `--container-unshare`.
     pub unshare: Unshare,
-    /// `importer=` in plugstack.conf: the site's program that turns references into squashfs files.
-    pub importer: Option<PathBuf>,
+    /// `importer=` in plugstack.conf.
+    pub importer: Option<SiteImporter>,
     /// Working directory of the step on the host: what relative paths are relative to.
     pub cwd: PathBuf,
     /// `--container-mounts`, in order.
@@ -80,6 +80,15 @@ pub struct StepFacts {
     pub local_tasks: u32,
     /// Tasks of the whole step; 0 is what old batch steps report.
     pub total_tasks: u32,
+}
+
+/// The site's own program that turns references into squashfs files (behaviour reference, section 4).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SiteImporter {
+    /// `importer=` in plugstack.conf.
+    pub program: PathBuf,
+    /// `runtime_path=`: below it every user has a directory, where the program may put its files.
+    pub runtime: PathBuf,
 }
 
 /// `--container-image`, classified.

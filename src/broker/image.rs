@@ -5,16 +5,21 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
+use rustix::fs::Mode;
+use rustix::io::Errno;
+
 use super::import::{self, AcquireRequest, AcquiredImage, ImportError, ImportEvent, LocalRequest};
 use super::{BrokerError, Leader, failed};
 use crate::config::Config;
 use crate::container::InUse;
 use crate::image::reference::ImageReference;
-use crate::request::{Environment, ImageSource, LocalImage, StepRequest};
+use crate::request::{Environment, ImageSource, LocalImage, StepRequest, User};
 use crate::rootfs::cgroups;
+use crate::source::importer::ImporterCall;
 use crate::store::Store;
 use crate::sys;
 use crate::task::UserMessage;
+use crate::task::importer;
 
 /// What all sources need.
 pub(super) struct Acquisition<'a, 'b> {
@@ -30,6 +35,9 @@ pub(super) struct Acquisition<'a, 'b> {
 impl Acquisition<'_, '_> {
     /// Gets the image that the request names.
     pub fn acquire(&mut self) -> Result<AcquiredImage, BrokerError> {
+        if let Some(call) = ImporterCall::new(self.request) {
+            return self.by_site_importer(&call);
+        }
         match &self.request.image {
             Some(ImageSource::Registry { typed, reference }) => self.of_registry(typed, reference),
             Some(ImageSource::File(path)) => {
@@ -69,6 +77,53 @@ impl Acquisition<'_, '_> {
         self.announce(typed);
         let image = self.of_this_machine(typed, image, Some(typed)).map_err(|error| import_error(typed, &error))?;
         self.conclude(typed, &image);
+        Ok(image)
+    }
+
+    /// What the site's importer makes of the reference.
+    fn by_site_importer(&mut self, call: &ImporterCall) -> Result<AcquiredImage, BrokerError> {
+        let typed = match &self.request.image {
+            Some(ImageSource::Registry { typed, .. } | ImageSource::Local { typed, .. }) => typed.clone(),
+            _ => return Err(BrokerError::Start("no image".into())),
+        };
+        if let Some(importer) = &self.request.importer {
+            make_user_directory(&importer.runtime, &self.request.user).map_err(|errno| {
+                BrokerError::Start(format!("couldn't mkdir {}: {errno}", importer.runtime.display()))
+            })?;
+        }
+        self.announce(&typed);
+        let (store, settings) = (self.store()?, self.config.import_settings());
+        let uri = if typed.starts_with("docker://") || typed.starts_with("dockerd://") {
+            typed.clone()
+        } else {
+            format!("docker://{typed}")
+        };
+        let (user, cwd, environment, in_use) =
+            (&self.request.user, Path::new(&self.request.cwd), self.environment, self.in_use);
+        // It is what it is: nobody knows its name.
+        let image = LocalImage::Path { path: uri.clone().into(), form: None, name: None };
+        let wanted = LocalRequest { user, image: &image, typed: &typed, cwd, environment };
+        let image = self.watch(Some(&typed), |cancel, events| {
+            let mut opened = import::open_imported(&settings, call, &uri, environment, cancel, events)?;
+            if opened.take_squashfs().is_some() {
+                return Err(ImportError::Source("squashfs files as images are not available yet".into()));
+            }
+            import::acquire_local(&store, &settings, wanted, opened, in_use, cancel, events)
+        });
+        // All of it is in the store now, or none of it is wanted. The step's end does this once more.
+        if !matches!(image, Err(ImportError::Cancelled { .. }))
+            && let Err(error) = importer::release(&settings.executable, self.request, environment)
+        {
+            tracing::info!("could not call importer release: {error}");
+        }
+        let image = image.map_err(|error| match error {
+            ImportError::Cancelled { .. } => BrokerError::Cancelled,
+            ImportError::SiteImporter { problem, log } => {
+                BrokerError::SiteImporter { image: typed.clone(), importer: call.program.clone(), problem, log }
+            }
+            other => BrokerError::Create { image: typed.clone(), reason: other.to_string() },
+        })?;
+        self.conclude(&typed, &image);
         Ok(image)
     }
 
@@ -146,6 +201,20 @@ impl Acquisition<'_, '_> {
 
     fn store(&self) -> Result<Store, BrokerError> {
         Store::open(&self.config.store.path).map_err(failed("image store"))
+    }
+}
+
+/// The user's own directory below `runtime`: what is there stays.
+fn make_user_directory(runtime: &Path, user: &User) -> Result<(), Errno> {
+    super::make_directory(runtime)?;
+    let path = runtime.join(user.uid.to_string());
+    match rustix::fs::mkdir(&path, Mode::RWXU) {
+        Err(Errno::EXIST) => Ok(()),
+        other => {
+            other?;
+            let (uid, gid) = (rustix::fs::Uid::from_raw(user.uid), rustix::fs::Gid::from_raw(user.gid));
+            rustix::fs::chownat(rustix::fs::CWD, &path, Some(uid), Some(gid), rustix::fs::AtFlags::SYMLINK_NOFOLLOW)
+        }
     }
 }
 

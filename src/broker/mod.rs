@@ -82,6 +82,18 @@ enum BrokerError {
         /// Why.
         reason: String,
     },
+    /// The site's importer got no image.
+    #[error("failed to import docker image: {image} (importer: {})", .importer.display())]
+    SiteImporter {
+        /// As the user typed it.
+        image: String,
+        /// Which program.
+        importer: PathBuf,
+        /// What happened, in pyxis's words.
+        problem: String,
+        /// What the program said.
+        log: Vec<String>,
+    },
     /// Root's part of the start.
     #[error("cannot start container: {0}")]
     Start(String),
@@ -104,6 +116,15 @@ impl BrokerError {
                 UserMessage::error("printing enroot log file:"),
                 UserMessage::error(format!("    [ERROR] {reason}")),
             ],
+            Self::SiteImporter { ref problem, ref log, .. } => {
+                let mut messages = vec![UserMessage::error(problem)];
+                if !log.is_empty() {
+                    messages.push(UserMessage::error("printing importer log file:"));
+                    messages.extend(log.iter().map(|line| UserMessage::error(format!("    {line}"))));
+                }
+                messages.push(UserMessage::error(&self));
+                messages
+            }
             Self::Start(_) | Self::Refused(_) => vec![UserMessage::error(self)],
             Self::Init(messages) => messages,
             Self::Cancelled => vec![],

@@ -34,6 +34,8 @@ pub const SAVER: &str = "pyxis-saver";
 pub const ENROOT: &str = "enroot";
 /// `argv[0]` of the process that removes the containers of a job that is over; see [`crate::container::collect`].
 pub const EPILOG: &str = "pyxis-epilog";
+/// `argv[0]` of the process that lets a site's importer clean up; see [`crate::task::importer`].
+pub const RELEASE: &str = "pyxis-release";
 
 /// Containers in Slurm steps, and on this machine.
 #[derive(Debug, Parser)]
@@ -71,6 +73,7 @@ pub fn main() -> ExitCode {
         Some(name) if name == ENROOT.as_bytes() => enroot::main(),
         Some(role) if role == ENROOT_MOUNT.as_bytes() => crate::hooks::mount::main(arguments),
         Some(role) if role == EPILOG.as_bytes() => container::collect::epilog_role(arguments),
+        Some(role) if role == RELEASE.as_bytes() => crate::broker::import::release_role(arguments),
         _ => typed(),
     }
 }

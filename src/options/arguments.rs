@@ -3,7 +3,7 @@
 //!
 //! Slurm splits the line at blanks, knows no quotes, and takes `#` anywhere as the start of a comment.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::environment::parse_bool;
 
@@ -22,6 +22,8 @@ pub struct Arguments {
     pub job_scope: bool,
     /// `importer=`: the site's program that turns references into squashfs files.
     pub importer: Option<PathBuf>,
+    /// `runtime_path=`: where an importer finds the user's directory.
+    pub runtime_path: PathBuf,
     /// Arguments of pyxis's that are set to something else than their default and change nothing here: images are
     /// mounted, never unpacked, and the configuration file says where things are and how squashfs files run.
     pub without_effect: Vec<&'static str>,
@@ -53,6 +55,7 @@ impl Default for Arguments {
             execute_entrypoint: false,
             job_scope: false,
             importer: None,
+            runtime_path: PathBuf::from("/run/pyxis"),
             without_effect: Vec::new(),
         }
     }
@@ -66,10 +69,7 @@ impl Arguments {
             let unknown = || ArgumentError::Unknown(argument.to_owned());
             let (key, value) = argument.split_once('=').ok_or_else(unknown)?;
             match key {
-                "runtime_path" => {
-                    let path = path("runtime_path", value)?;
-                    parsed.note("runtime_path", path != Path::new("/run/pyxis"));
-                }
+                "runtime_path" => parsed.runtime_path = path("runtime_path", value)?,
                 "execute_entrypoint" => parsed.execute_entrypoint = boolean("execute_entrypoint", value)?,
                 "container_scope" => match value {
                     "global" => parsed.job_scope = false,
@@ -94,6 +94,8 @@ impl Arguments {
                 _ => return Err(unknown()),
             }
         }
+        let moved = parsed.runtime_path != Self::default().runtime_path;
+        parsed.note("runtime_path", moved && parsed.importer.is_none());
         Ok(parsed)
     }
 
@@ -152,7 +154,8 @@ mod tests {
                 execute_entrypoint: true,
                 job_scope: true,
                 importer: Some("/opt/import".into()),
-                without_effect: vec!["runtime_path", "use_enroot_load", "use_squashfuse"],
+                runtime_path: "/run/other".into(),
+                without_effect: vec!["use_enroot_load", "use_squashfuse"],
             }
         );
     }
@@ -171,6 +174,14 @@ mod tests {
             "use_squashfuse=n",
         ]);
         assert_eq!(spelled_out, Ok(Arguments::default()));
+    }
+
+    #[test]
+    fn another_runtime_path_is_an_importers() {
+        let parse = |arguments: &[&'static str]| Arguments::parse(arguments.iter().copied()).unwrap().without_effect;
+        assert_eq!(parse(&["runtime_path=/x"]), ["runtime_path"]);
+        assert_eq!(parse(&["runtime_path=/x", "importer=/y"]), [""; 0]);
+        assert_eq!(parse(&["runtime_path=/x", "importer=/y", "importer="]), ["runtime_path"]);
     }
 
     #[test]

@@ -23,7 +23,8 @@ use super::{Failed, Item, Spank, submit};
 use crate::container::name::FullName;
 use crate::options::Options;
 use crate::options::arguments::Arguments;
-use crate::request::{Environment, PROTOCOL_VERSION, StepFacts, StepRequest, User};
+use crate::request::{Environment, PROTOCOL_VERSION, SiteImporter, StepFacts, StepRequest, User};
+use crate::task::importer;
 use crate::task::saving::{TaskCount, run_under_saver};
 use crate::task::{
     Container, JoinOptions, Leadership, LifePipe, Outcome, Role, StartingContainer, StepShared, UserMessage,
@@ -54,6 +55,8 @@ pub struct Step {
     /// What `task_init_privileged` decided, in a task.
     role: Option<TaskRole>,
     ended: BTreeSet<u32>,
+    /// The site's importer has been told that the step is over.
+    released: bool,
 }
 
 #[derive(Debug)]
@@ -136,6 +139,7 @@ pub fn task_exit(state: &mut State, spank: &mut dyn Spank) {
     }
     if step.ended.len() >= tasks as usize {
         step.life = None;
+        step.release(spank);
     }
 }
 
@@ -180,6 +184,7 @@ impl Step {
             environment: Environment::default(),
             role: None,
             ended: BTreeSet::new(),
+            released: false,
         }))
     }
 
@@ -212,7 +217,10 @@ impl Step {
             entrypoint: self.options.entrypoint.unwrap_or(self.arguments.execute_entrypoint),
             entrypoint_log: self.options.entrypoint_log.unwrap_or(false),
             unshare: self.options.unshare,
-            importer: self.arguments.importer.clone(),
+            importer: self.arguments.importer.clone().map(|program| {
+                let runtime = self.arguments.runtime_path.clone();
+                SiteImporter { program, runtime }
+            }),
             // Slurm has changed to the step's directory, or to /tmp if it could not.
             cwd: std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/")),
             mounts: self.options.mounts.clone(),
@@ -229,6 +237,17 @@ impl Step {
     /// What goes to the broker, once `user_init` has run.
     pub fn request(&self) -> Option<&StepRequest> {
         self.request.as_ref()
+    }
+
+    /// Lets the site's importer clean up after the step.
+    fn release(&mut self, spank: &mut dyn Spank) {
+        let Some(request) = self.request.as_ref().filter(|request| importer::is_asked(request)) else { return };
+        if std::mem::replace(&mut self.released, true) {
+            return;
+        }
+        if let Err(error) = importer::release(&self.arguments.executable, request, &self.environment) {
+            spank.say(UserMessage::Log(format!("pyxis: failed to call importer release: {error}")));
+        }
     }
 
     /// Whether this process still holds the container.

@@ -1,25 +1,19 @@
 //! Images out of `docker` and `podman`, by their commands: only these know contexts, remote daemons, and where a user's
 //! rootless storage is. Run as the user, with the environment of hooks (behaviour reference, section 7.1).
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::ExitStatus;
 
-use rustix::event::{PollFd, PollFlags};
-use rustix::fs::MemfdFlags;
-use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions};
+use rustix::process::{Pid, Signal, WaitOptions};
 
+use super::program::{self, Ended, Output};
 use super::reader::{BrokerChannel, Refusal};
 use super::{FromReader, SourceForm, ToReader};
 use crate::enroot::{HOST_PATH, conf};
 use crate::request::{Engine, Environment};
-use crate::sys::memfile;
 
-/// Most of what a command says that is kept.
-const MAX_OUTPUT: u64 = 1 << 20;
 /// Most bytes of what is passed on of a command's complaint.
 const MAX_COMPLAINT: usize = 500;
 
@@ -27,29 +21,21 @@ const MAX_COMPLAINT: usize = 500;
 pub(super) struct Engines<'a> {
     engine: Engine,
     environment: Environment,
+    cwd: &'a Path,
     channel: &'a BrokerChannel,
 }
 
-/// What a command did.
-struct Ended {
-    status: ExitStatus,
-    output: String,
-    complaint: String,
-}
-
 impl<'a> Engines<'a> {
-    pub fn new(engine: Engine, job: &Environment, channel: &'a BrokerChannel) -> Self {
+    pub fn new(engine: Engine, job: &Environment, cwd: &'a Path, channel: &'a BrokerChannel) -> Self {
         let mut environment = conf::of_job(job);
         environment.set("PATH", HOST_PATH);
-        Self { engine, environment, channel }
+        Self { engine, environment, cwd, channel }
     }
 
     /// Finds the image `name`, pulling it if the engine has it not, and saves it if the broker wants it.
-    pub fn serve(&self, name: &str, cwd: &Path) -> Result<(), Refusal> {
+    pub fn serve(&self, name: &str) -> Result<(), Refusal> {
         // Podman leaves a process behind, which is to end with this one.
         rustix::process::set_child_subreaper(Some(rustix::process::getpid())).map_err(io::Error::from)?;
-        // From a directory that is not there anything works but relative paths.
-        let _ = std::env::set_current_dir(cwd);
         let outcome = self.find(name).and_then(|id| match id {
             Some(id) => self.save(&id),
             None => Ok(()),
@@ -99,48 +85,25 @@ impl<'a> Engines<'a> {
     /// Runs the engine's command; its output is kept unless it goes to `output`. Ends with the broker.
     fn run_into(&self, arguments: &[&str], output: Option<OwnedFd>) -> Result<Ended, Refusal> {
         let name = self.engine.command();
-        let kept = memory_file()?;
-        let complaints = memory_file()?;
-        let mut command = Command::new(name);
-        command.args(arguments).env_clear().stdin(Stdio::null()).stderr(complaints.try_clone()?).process_group(0);
-        command.envs(self.environment.iter().map(|(name, value)| {
-            use std::os::unix::ffi::OsStrExt;
-            (std::ffi::OsStr::from_bytes(name), std::ffi::OsStr::from_bytes(value))
-        }));
-        match output {
-            Some(output) => command.stdout(output),
-            None => command.stdout(kept.try_clone()?),
-        };
-        let mut child = command.spawn().map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => Refusal(format!("Command not found: {name} (looked for in {HOST_PATH})")),
-            _ => Refusal(format!("cannot run {name}: {}", crate::sys::reason(error))),
-        })?;
-        // It has the end of the pipe that goes with it.
-        drop(command);
-        let pid = Pid::from_raw(child.id().cast_signed()).ok_or_else(|| io::Error::other("pid out of range"))?;
-        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from)?;
-        let mut watched =
-            [PollFd::new(&pidfd, PollFlags::IN), PollFd::from_borrowed_fd(self.channel.as_fd(), PollFlags::empty())];
-        rustix::io::retry_on_intr(|| rustix::event::poll(&mut watched, None)).map_err(io::Error::from)?;
-        if watched.first().is_some_and(|process| process.revents().is_empty()) {
-            let _ = rustix::process::kill_process_group(pid, Signal::KILL);
-            let _ = child.wait();
-            end_children();
-            return Err(Refusal("cancelled".into()));
-        }
-        let text =
-            |file| Ok::<_, io::Error>(String::from_utf8_lossy(&memfile::read_all(file, MAX_OUTPUT)?).into_owned());
-        Ok(Ended { status: child.wait()?, output: text(kept)?, complaint: text(complaints)? })
+        let output = output.map_or(Output::Keep, Output::To);
+        let mut command = program::command(name.as_ref(), &self.environment, self.cwd);
+        command.args(arguments);
+        program::run(command, output, self.channel).map_err(|error| match error {
+            program::RunError::Start(error) if error.kind() == io::ErrorKind::NotFound => {
+                Refusal(format!("Command not found: {name} (looked for in {HOST_PATH})"))
+            }
+            program::RunError::Start(error) => Refusal(format!("cannot run {name}: {}", crate::sys::reason(error))),
+            program::RunError::Cancelled => {
+                end_children();
+                Refusal("cancelled".into())
+            }
+        })
     }
 
     fn refusal(&self, what: &str, ended: &Ended) -> Refusal {
         let name = self.engine.command();
         Refusal(format!("{name} {what} failed: {}", reason(&ended.complaint, ended.status)))
     }
-}
-
-fn memory_file() -> io::Result<File> {
-    Ok(rustix::fs::memfd_create("pyxis-output", MemfdFlags::CLOEXEC)?.into())
 }
 
 /// What a command's complaint comes to: its last lines that speak of an error, else the last line.

@@ -11,12 +11,15 @@
 //!
 //! * [`reader`]: the source reader;
 //! * [`engine`]: how it gets an image out of a container engine;
+//! * [`importer`]: how it has the site's importer get one;
 //! * [`layout`]: how it hands out the files of an OCI layout.
 
 #![forbid(unsafe_code)]
 
 mod engine;
+pub mod importer;
 mod layout;
+mod program;
 pub mod reader;
 
 use std::path::PathBuf;
@@ -39,6 +42,13 @@ pub enum ToReader {
         /// The step's working directory.
         cwd: PathBuf,
     },
+    /// The other first message, with the job's environment as well: has the site's importer get an image.
+    Import {
+        /// Which importer, and as whom to run it.
+        call: importer::ImporterCall,
+        /// What to get, with a scheme.
+        uri: String,
+    },
     /// Answers [`FromReader::Found`]: the image itself is wanted.
     Save,
 }
@@ -57,6 +67,13 @@ pub enum FromReader {
         form: SourceForm,
         /// The file's state, unless it has changed just now.
         file: Option<FileIdentity>,
+    },
+    /// The site's importer has failed.
+    ImporterFailed {
+        /// In pyxis's words.
+        problem: String,
+        /// What it said, line by line.
+        log: Vec<String>,
     },
     /// It cannot be had: one line that says why.
     Failed {

@@ -27,7 +27,7 @@ pub(super) struct Refusal(pub String);
 pub fn run(channel: &BrokerChannel, image: &LocalImage, cwd: &Path, environment: &Environment) -> io::Result<()> {
     let outcome = match image {
         LocalImage::Path { path, .. } => serve_path(channel, path, cwd),
-        LocalImage::Engine { engine, name } => Engines::new(*engine, environment, channel).serve(name, cwd),
+        LocalImage::Engine { engine, name } => Engines::new(*engine, environment, cwd, channel).serve(name),
     };
     match outcome {
         Err(Refusal(message)) => channel.send(&FromReader::Failed { message }, &[]),
@@ -41,7 +41,7 @@ impl From<io::Error> for Refusal {
     }
 }
 
-fn serve_path(channel: &BrokerChannel, path: &Path, cwd: &Path) -> Result<(), Refusal> {
+pub(super) fn serve_path(channel: &BrokerChannel, path: &Path, cwd: &Path) -> Result<(), Refusal> {
     let shown = path.display().to_string().escape_debug().to_string();
     let opened = open(path, cwd).map_err(|error| match error {
         // The words of enroot, which scripts may look for.

@@ -11,6 +11,7 @@
 
 mod entrypoint;
 mod environment;
+pub mod importer;
 mod join;
 pub mod protocol;
 pub mod saving;

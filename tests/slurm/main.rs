@@ -12,6 +12,7 @@ mod entrypoint;
 mod environment;
 mod identity;
 mod images;
+mod importer;
 mod jobs;
 mod kept;
 mod lifecycle;
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
         ("images", images::CASES),
         ("registries", registries::CASES),
         ("sources", sources::CASES),
+        ("importer", importer::CASES),
         ("jobs", jobs::CASES),
         ("mpi", mpi::CASES),
         ("relay", relay::CASES),

@@ -18,6 +18,7 @@ use super::{AcquiredImage, ImportError, ImportEvent, ImportSettings, collect, on
 use crate::cli;
 use crate::importer::protocol::{Command, FailureKind};
 use crate::request::{Environment, LocalImage, User};
+use crate::source::importer::ImporterCall;
 use crate::source::{FromReader, SourceForm, ToReader};
 use crate::store::{LocalKey, LocalRecord, PinnedMounts, Store, StoreError, now};
 use crate::sys::channel::Channel;
@@ -25,6 +26,8 @@ use crate::sys::memfile;
 
 /// Longest message of a source reader that is passed on.
 const MAX_MESSAGE: usize = 1000;
+/// Most lines of a site's importer that are passed on.
+const MAX_LINES: usize = 100;
 /// How long an engine's command that has closed its output may take to say why.
 const REASON_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -49,6 +52,8 @@ pub struct OpenedImage {
     /// `None` when it is not needed any more.
     channel: Option<Channel<ToReader, FromReader>>,
     reader: Option<Child>,
+    /// It runs a program, after which it has to tidy up.
+    takes_long: bool,
     /// `None`: an engine has it, and has not been asked for it yet.
     form: Option<SourceForm>,
     descriptor: Option<OwnedFd>,
@@ -64,17 +69,10 @@ pub fn open_local(
     cancel: &[BorrowedFd<'_>],
     events: &mut dyn FnMut(ImportEvent),
 ) -> Result<OpenedImage, ImportError> {
-    let (channel, reader) = start_reader(settings, cli::SOURCE, None)?;
-    if matches!(request.image, LocalImage::Engine { .. }) {
-        events(ImportEvent::NetworkStart);
-        events(reader.event());
-    }
-    let environment = memfile::sealed("pyxis-environment", &request.environment.to_block())
-        .map_err(|error| ImportError::start("user's environment", &error))?;
-    let open = ToReader::Open { user: request.user.clone(), image: request.image.clone(), cwd: request.cwd.to_owned() };
-    channel.send(&open, &[environment.as_fd()]).map_err(|error| ImportError::start("source reader", &error))?;
-    let (channel, reader) = (Some(channel), Some(reader));
-    let mut opened = OpenedImage { channel, reader, form: None, descriptor: None, key: None };
+    let message =
+        ToReader::Open { user: request.user.clone(), image: request.image.clone(), cwd: request.cwd.to_owned() };
+    let takes_long = matches!(request.image, LocalImage::Engine { .. });
+    let mut opened = start(settings, &message, request.environment, takes_long, events)?;
     let (report, descriptors) = opened.receive(request.typed, cancel)?;
     match (report, request.image) {
         (FromReader::Found { id }, LocalImage::Engine { engine, .. }) => {
@@ -88,6 +86,52 @@ pub fn open_local(
         _ => return Err(unexpected()),
     }
     Ok(opened)
+}
+
+/// Has the site's importer get `uri` and opens, as the user, what it names. The import has begun with this.
+pub fn open_imported(
+    settings: &ImportSettings,
+    call: &ImporterCall,
+    uri: &str,
+    environment: &Environment,
+    cancel: &[BorrowedFd<'_>],
+    events: &mut dyn FnMut(ImportEvent),
+) -> Result<OpenedImage, ImportError> {
+    let message = ToReader::Import { call: call.clone(), uri: uri.to_owned() };
+    let mut opened = start(settings, &message, environment, true, events)?;
+    let (FromReader::Opened { form, file }, descriptors) = opened.receive(uri, cancel)? else {
+        return Err(unexpected());
+    };
+    opened.form = Some(form);
+    opened.descriptor = descriptors.into_iter().next();
+    opened.key = file.map(|file| LocalKey::File { file, form: None, name: None });
+    Ok(opened)
+}
+
+/// Starts a source reader with its first message.
+fn start(
+    settings: &ImportSettings,
+    message: &ToReader,
+    environment: &Environment,
+    takes_long: bool,
+    events: &mut dyn FnMut(ImportEvent),
+) -> Result<OpenedImage, ImportError> {
+    let (channel, reader) = start_reader(settings, cli::SOURCE, None)?;
+    if takes_long {
+        events(ImportEvent::NetworkStart);
+        events(reader.event());
+    }
+    let environment = memfile::sealed("pyxis-environment", &environment.to_block())
+        .map_err(|error| ImportError::start("user's environment", &error))?;
+    channel.send(message, &[environment.as_fd()]).map_err(|error| ImportError::start("source reader", &error))?;
+    Ok(OpenedImage {
+        channel: Some(channel),
+        reader: Some(reader),
+        takes_long,
+        form: None,
+        descriptor: None,
+        key: None,
+    })
 }
 
 impl OpenedImage {
@@ -115,6 +159,10 @@ impl OpenedImage {
         }
         match channel.receive() {
             Ok(Some((FromReader::Failed { message }, _))) => Err(refused(&message)),
+            Ok(Some((FromReader::ImporterFailed { problem, log }, _))) => {
+                let log = log.iter().take(MAX_LINES).map(|line| one_line(line, MAX_MESSAGE)).collect();
+                Err(ImportError::SiteImporter { problem: one_line(&problem, MAX_MESSAGE), log })
+            }
             Ok(Some(message)) => Ok(message),
             Ok(None) => Err(ImportError::Source("the process that opens images as the user ended unexpectedly".into())),
             Err(error) => Err(ImportError::start("source reader", &error)),
@@ -137,10 +185,9 @@ impl OpenedImage {
 }
 
 impl Drop for OpenedImage {
-    /// A reader that has run an engine has to tidy up after it.
     fn drop(&mut self) {
         self.channel = None;
-        if let (Some(reader), Some(LocalKey::Engine { .. }) | None) = (&mut self.reader, &self.key) {
+        if let (Some(reader), true) = (&mut self.reader, self.takes_long) {
             reader.ended();
         }
     }

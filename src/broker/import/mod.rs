@@ -27,9 +27,9 @@ use crate::request::{Environment, User};
 use crate::store::{
     Goal, LeasedLayer, ManifestRecord, PinnedMounts, ReferenceRecord, Store, StoreError, Watermarks, count, now, size,
 };
-pub use local::{LocalRequest, OpenedImage, acquire_local, open_local};
+pub use local::{LocalRequest, OpenedImage, acquire_local, open_imported, open_local};
 pub use process::{Child, Importer, Processes, StartImporter};
-pub use roles::{credentials_role, importer_role, source_role};
+pub use roles::{credentials_role, importer_role, release_role, source_role};
 use session::Session;
 
 /// What the administrator decides about imports.
@@ -147,6 +147,14 @@ pub enum ImportError {
     /// An image on this machine cannot be opened; the message is a whole line.
     #[error("{0}")]
     Source(String),
+    /// The site's own importer has failed.
+    #[error("{problem}")]
+    SiteImporter {
+        /// In pyxis's words.
+        problem: String,
+        /// What it said.
+        log: Vec<String>,
+    },
     /// The importer could not be started.
     #[error("cannot start the importer: {0}")]
     Start(String),

@@ -3,7 +3,7 @@
 
 use std::ffi::OsString;
 use std::io::{self, Write};
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
@@ -13,7 +13,8 @@ use rustix::thread::CapabilitySet;
 use serde::{Deserialize, Serialize};
 
 use crate::registry::credentials;
-use crate::request::{Environment, LocalImage, User};
+use crate::request::{Environment, LocalImage, StepRequest, User};
+use crate::source::importer::ImporterCall;
 use crate::source::{self, ToReader};
 use crate::sys::channel::Channel;
 use crate::sys::memfile;
@@ -43,7 +44,7 @@ pub fn importer_role(mut arguments: impl Iterator<Item = OsString>) -> ExitCode 
         return by_hand();
     };
     let prepared = || -> io::Result<OwnedFd> {
-        let channel = take_channel()?;
+        let channel = take_descriptor()?;
         drop_bounding_set()?;
         limit(Resource::Fsize, file_size)?;
         become_somebody(&User { uid, gid, groups: vec![] }, parent)?;
@@ -67,14 +68,11 @@ pub fn credentials_role(mut arguments: impl Iterator<Item = OsString>) -> ExitCo
 }
 
 fn read_credentials(parent: Pid) -> io::Result<()> {
-    let channel: Channel<(), CredentialsRequest> = take_channel()?.into();
+    let channel: Channel<(), CredentialsRequest> = take_descriptor()?.into();
     // Gone before it said anything: there is nobody to read for.
-    let Some((request, mut descriptors)) = channel.receive()? else { return Ok(()) };
+    let Some((request, descriptors)) = channel.receive()? else { return Ok(()) };
     become_somebody(&request.user, parent)?;
-    let environment = match descriptors.pop() {
-        Some(file) => Environment::from_block(&memfile::read_all(file, MAX_ENVIRONMENT)?),
-        None => Environment::default(),
-    };
+    let environment = job_environment(descriptors)?;
     let home = match environment.get_str("HOME") {
         Some(home) => PathBuf::from(home),
         None => home_directory(request.user.uid)?,
@@ -94,18 +92,54 @@ pub fn source_role(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
 }
 
 fn read_source(parent: Pid) -> io::Result<()> {
-    let channel: source::reader::BrokerChannel = take_channel()?.into();
-    let Some((ToReader::Open { user, image, cwd }, mut descriptors)) = channel.receive()? else { return Ok(()) };
-    become_somebody(&user, parent)?;
-    if matches!(image, LocalImage::Engine { .. }) {
-        // It sees the end of its channel, and has to tidy up.
-        rustix::process::set_parent_process_death_signal(None)?;
+    let channel: source::reader::BrokerChannel = take_descriptor()?.into();
+    let Some((message, descriptors)) = channel.receive()? else { return Ok(()) };
+    match message {
+        ToReader::Open { user, image, cwd } => {
+            become_somebody(&user, parent)?;
+            if matches!(image, LocalImage::Engine { .. }) {
+                outlive_parent()?;
+            }
+            source::reader::run(&channel, &image, &cwd, &job_environment(descriptors)?)
+        }
+        ToReader::Import { call, uri } => {
+            become_somebody(&call.user, parent)?;
+            outlive_parent()?;
+            source::importer::get(&channel, &call, &uri, &job_environment(descriptors)?)
+        }
+        ToReader::Save => Ok(()),
     }
-    let environment = match descriptors.pop() {
-        Some(file) => Environment::from_block(&memfile::read_all(file, MAX_ENVIRONMENT)?),
-        None => Environment::default(),
+}
+
+/// For a role that sees the end of its channel, and has to tidy up then.
+fn outlive_parent() -> io::Result<()> {
+    Ok(rustix::process::set_parent_process_death_signal(None)?)
+}
+
+fn job_environment(mut descriptors: Vec<OwnedFd>) -> io::Result<Environment> {
+    match descriptors.pop() {
+        Some(file) => Ok(Environment::from_block(&memfile::read_all(file, MAX_ENVIRONMENT)?)),
+        None => Ok(Environment::default()),
+    }
+}
+
+/// Becomes the job's user and has the site's importer release what it has for the step. Its argument is the process id of
+/// who started it.
+pub fn release_role(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    let Some(parent) = number(&mut arguments).and_then(Pid::from_raw) else { return by_hand() };
+    let released = || -> io::Result<bool> {
+        let environment = take_descriptor()?;
+        let request = memfile::read_all(io::stdin().as_fd().try_clone_to_owned()?, MAX_ENVIRONMENT)?;
+        let request: StepRequest = serde_json::from_slice(&request)?;
+        let Some(call) = ImporterCall::new(&request) else { return Ok(true) };
+        become_somebody(&call.user, parent)?;
+        source::importer::release(&call, &job_environment(vec![environment])?)
     };
-    source::reader::run(&channel, &image, &cwd, &environment)
+    match released() {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => failed("importer release", &error),
+    }
 }
 
 fn home_directory(uid: u32) -> io::Result<PathBuf> {
@@ -116,6 +150,8 @@ fn home_directory(uid: u32) -> io::Result<PathBuf> {
 /// Becomes `user` for good and ends with the broker. Secrets pass through: no core dumps.
 fn become_somebody(user: &User, parent: Pid) -> io::Result<()> {
     limit(Resource::Core, 0)?;
+    // Slurm's daemons may be spared; what runs as the user is not. Some kernels are built without.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "0");
     rustix::process::chdir("/")?;
     // A group of its own, so that the broker can end it with all that it started.
     rustix::process::setsid()?;
@@ -143,7 +179,8 @@ fn drop_bounding_set() -> io::Result<()> {
     Ok(())
 }
 
-fn take_channel() -> io::Result<OwnedFd> {
+/// The one descriptor that the process starts with, besides the usual three.
+fn take_descriptor() -> io::Result<OwnedFd> {
     close_from(CHANNEL + 1)?;
     take_inherited(CHANNEL).ok_or_else(|| io::Error::from(io::ErrorKind::BrokenPipe))
 }

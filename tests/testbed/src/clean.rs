@@ -32,7 +32,9 @@ fn leftovers(node: &Node) -> Vec<String> {
     let processes = node.processes().into_iter().map(|process| format!("process {process:?}"));
     let mounts = node.extra_mounts().into_iter().filter(|point| !point.starts_with("/run/pyxis/mounts"));
     let run = node.private("/run/pyxis");
-    let runtime = names(&run).into_iter().filter(|name| !PERMANENT.contains(&name.as_str()));
+    // A site's importer has a directory for each user there.
+    let is_user = |name: &str| name.parse::<u32>().is_ok() && names(&run.join(name)).is_empty();
+    let runtime = names(&run).into_iter().filter(|name| !PERMANENT.contains(&name.as_str()) && !is_user(name));
     let attached = ["root", "hooks"].map(|name| (name, names(&run.join(name))));
     let attached =
         attached.into_iter().flat_map(|(at, names)| names.into_iter().map(move |name| format!("{at}/{name}")));
