@@ -127,16 +127,30 @@ impl EnrootConf {
     /// Reads the files below `sysconf` for a process with `environment` (of a step: what [`of_job`] leaves of the job's).
     /// Files that do not exist set nothing.
     pub fn load(sysconf: &Path, environment: &Environment, identity: &Identity) -> Result<Self, EnrootConfError> {
+        let mut paths = vec![sysconf.join("enroot.conf")];
+        paths.extend(super::files_in(&sysconf.join("enroot.conf.d"), "conf", MAX_FILES).map_err(read_error)?);
+        let mut files = Vec::new();
+        for path in paths {
+            if let Some((text, trusted)) = read(&path, identity.uid)? {
+                files.push((path, text, trusted));
+            }
+        }
+        let mut conf = Self::evaluate(&files, environment, identity)?;
+        conf.sysconf = sysconf.to_owned();
+        Ok(conf)
+    }
+
+    /// Evaluates files: path, text, and whether a shell may evaluate what takes one.
+    pub fn evaluate(
+        files: &[(PathBuf, String, bool)],
+        environment: &Environment,
+        identity: &Identity,
+    ) -> Result<Self, EnrootConfError> {
         let mut reader = Reader { conf: Self::default(), identity };
         reader.conf.environment = environment.clone();
-        reader.conf.sysconf = sysconf.to_owned();
         reader.conf.home = environment.get_str("HOME").unwrap_or(&identity.home).to_owned();
-        let mut files = vec![sysconf.join("enroot.conf")];
-        files.extend(super::files_in(&sysconf.join("enroot.conf.d"), "conf", MAX_FILES).map_err(read_error)?);
-        for path in files {
-            if let Some((text, trusted)) = read(&path, identity.uid)? {
-                reader.file(&path, &text, trusted)?;
-            }
+        for (path, text, trusted) in files {
+            reader.file(path, text, *trusted)?;
         }
         Ok(reader.finish())
     }

@@ -8,6 +8,7 @@
 mod bad_input;
 mod command;
 mod devices;
+mod enroot_world;
 mod entrypoint;
 mod environment;
 mod identity;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         ("session", session::CASES),
         ("options", options::CASES),
         ("environment", environment::CASES),
+        ("enroot_world", enroot_world::CASES),
         ("identity", identity::CASES),
         ("mounts", mounts::CASES),
         ("images", images::CASES),
