@@ -15,7 +15,7 @@ use super::environment::FromHost;
 use super::plan::{self, Plan};
 use super::protocol::{FromInit, ToInit};
 use super::site::Site;
-use super::{InitError, Ready, Start, begin, stay, step};
+use super::{InitError, Ready, Start, begin, hook_variables, stay, step};
 use crate::container::running::Instance;
 use crate::image::config::ImageConfig;
 use crate::mounts::rootdir::RootDir;
@@ -56,6 +56,7 @@ fn join(attach: &Attach<'_>) -> Result<Ready, InitError> {
     let site = Site::load(start, &host)?;
     let variables = site.hook_environment(start, environment, "/");
     let from_host = FromHost::read(start, &site, variables)?;
+    let hook_variables = hook_variables::of(instance.pid());
     let mut choices = site.choices;
     let namespaces = match enter_all(instance.pid(), pidfd.as_fd()) {
         Err(error) if matches!(error.raw_os_error(), Some(libc::ESRCH | libc::ENOENT)) => return Err(InitError::Gone),
@@ -75,6 +76,9 @@ fn join(attach: &Attach<'_>) -> Result<Ready, InitError> {
         identity::look_up_inside(root, &request.user, &host, choices.remap_root).map_err(step("/etc/passwd"))?;
     let plan = Plan::new(request, environment, &image, &host, choices).map_err(|error| other(&error))?;
     let mut environment = from_host.with_image(start, &image, root, &plan, environment)?;
+    for (name, value) in hook_variables.iter() {
+        environment.set(name, value);
+    }
     plan.add_login_defaults(&mut environment, &login);
     let image_or_rc = (!start.image_config.is_empty()).then_some(&image);
     let entrypoint = entrypoint::plan(start, image_or_rc, &site.conf, root);
@@ -83,5 +87,6 @@ fn join(attach: &Attach<'_>) -> Result<Ready, InitError> {
         environment: memfile::sealed("pyxis-environment", &environment.to_block()).map_err(step("environment"))?,
         entrypoint: Probe::of(entrypoint).map_err(step("entrypoint"))?,
         cgroup_namespace: Some(namespaces.contains(ThreadNameSpaceType::CONTROL_GROUP)),
+        hook_variables: hook_variables::keep(&hook_variables).map_err(step("environment"))?,
     })
 }

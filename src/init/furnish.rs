@@ -42,6 +42,7 @@ pub struct Furnisher<'a> {
     root: OwnedFd,
     fstab: Fstab,
     environment: Environment,
+    hook_variables: Environment,
     /// Of the container, unless something else gives them a value.
     variables: Vec<(&'static str, Vec<u8>)>,
     /// For the node's log.
@@ -75,8 +76,19 @@ impl<'a> Furnisher<'a> {
         };
         fstab.extend(mounts::read(start.sysconf, &site.user_directory, &variable).map_err(other)?);
         log.append(&mut fstab.warnings);
-        let environment = Environment::default();
-        Ok(Self { start, site, image, host, plan, root, fstab, environment, variables: Vec::new(), log })
+        Ok(Self {
+            start,
+            site,
+            image,
+            host,
+            plan,
+            root,
+            fstab,
+            environment: Environment::default(),
+            hook_variables: Environment::default(),
+            variables: Vec::new(),
+            log,
+        })
     }
 
     fn root(&self) -> RootDir<'_> {
@@ -160,7 +172,10 @@ impl<'a> Furnisher<'a> {
         // A hook may have mounted a new root.
         self.enter_topmost();
         let after = workspace.environ().map_err(step("the hooks' ENROOT_ENVIRON"))?;
-        self.environment = environ::after_hooks(&self.environment, &before, &after);
+        let changed = environ::after_hooks(&self.environment, &before, &after);
+        let set = self.environment.changes_to(&changed).filter_map(|(name, value)| Some([name, b"=", value?].concat()));
+        self.hook_variables = set.collect();
+        self.environment = changed;
         let lines = workspace.mounts().map_err(step("the hooks' ENROOT_MOUNTS"))?;
         let fstab = Fstab::parse(&String::from_utf8_lossy(&lines), "ENROOT_MOUNTS", None)
             .map_err(|error| InitError::Log(vec![error.to_string()]))?;
@@ -194,14 +209,27 @@ impl<'a> Furnisher<'a> {
         }
     }
 
-    /// The container's environment, its root, and what is to be logged.
-    pub fn finish(mut self, login: &Login) -> (Environment, OwnedFd, Vec<String>) {
+    /// What has become of it.
+    pub fn finish(mut self, login: &Login) -> Furnished {
         for (name, value) in self.variables {
             self.environment.set_default(name, value);
         }
         self.plan.add_login_defaults(&mut self.environment, login);
-        (self.environment, self.root, self.log)
+        Furnished { environment: self.environment, hook_variables: self.hook_variables, root: self.root, log: self.log }
     }
+}
+
+/// A root filesystem that is ready.
+#[derive(Debug)]
+pub struct Furnished {
+    /// The container's environment.
+    pub environment: Environment,
+    /// What of it the hooks have set.
+    pub hook_variables: Environment,
+    /// Its root.
+    pub root: OwnedFd,
+    /// For the node's log.
+    pub log: Vec<String>,
 }
 
 /// Where the root filesystem can be reached before it is the root.

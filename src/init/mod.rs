@@ -9,6 +9,7 @@ pub mod attach;
 mod entrypoint;
 mod environment;
 mod furnish;
+mod hook_variables;
 mod plan;
 mod pmix;
 pub mod protocol;
@@ -42,7 +43,7 @@ use crate::sys::{self, memfile};
 use crate::task::UserMessage;
 use crate::task::protocol::{Entrypoint, MAX_MEMORY_FILE};
 use entrypoint::Probe;
-use furnish::Furnisher;
+use furnish::{Furnished, Furnisher};
 use protocol::{FromInit, ToInit};
 use site::Site;
 
@@ -129,7 +130,7 @@ fn stay(
     life: &OwnedFd,
     leases: Vec<LeasedLayer>,
 ) -> ! {
-    let told = ready.and_then(|Ready { workdir, environment, entrypoint, cgroup_namespace }| {
+    let told = ready.and_then(|Ready { workdir, environment, entrypoint, cgroup_namespace, hook_variables }| {
         forget_the_outside().map_err(step("standard streams"))?;
         let (entrypoint, probe) = entrypoint.unzip();
         let mut descriptors = vec![environment.as_fd()];
@@ -137,13 +138,13 @@ fn stay(
         channel
             .send(&FromInit::Ready { workdir, entrypoint, cgroup_namespace }, &descriptors)
             .map_err(|_| InitError::Abandoned)?;
-        Ok(probe)
+        Ok((probe, hook_variables))
     });
     match told {
-        Ok(probe) => {
+        Ok(kept) => {
             drop(channel);
             pause(life);
-            drop((leases, probe));
+            drop((leases, kept));
             exit_now(0)
         }
         Err(InitError::Gone) => {
@@ -176,6 +177,8 @@ struct Ready {
     entrypoint: Option<(Entrypoint, Probe)>,
     /// See [`FromInit::Ready`].
     cgroup_namespace: Option<bool>,
+    /// Kept for steps that join later: hooks do not run for them.
+    hook_variables: Option<File>,
 }
 
 fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready, InitError> {
@@ -218,7 +221,7 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     // From here on with the task's environment, and the task is in its cgroups.
     let proceed = receive_proceed(channel)?;
     furnisher.with_the_task(&proceed.environment, channel)?;
-    let (environment, root, log) = furnisher.finish(&login);
+    let Furnished { environment, hook_variables, root, log } = furnisher.finish(&login);
     for line in log {
         let line = UserMessage::Log(format!("pyxis: {line}"));
         channel.send(&FromInit::Say(line), &[]).map_err(|_| InitError::Abandoned)?;
@@ -243,7 +246,8 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     }
     let environment = memfile::sealed("pyxis-environment", &environment.to_block()).map_err(step("environment"))?;
     let entrypoint = Probe::of(entrypoint).map_err(step("entrypoint"))?;
-    Ok(Ready { workdir: plan::workdir(&image), environment, entrypoint, cgroup_namespace: None })
+    let hook_variables = hook_variables::keep(&hook_variables).map_err(step("environment"))?;
+    Ok(Ready { workdir: plan::workdir(&image), environment, entrypoint, cgroup_namespace: None, hook_variables })
 }
 
 fn receive_root(channel: &Channel<FromInit, ToInit>) -> Result<OwnedFd, InitError> {

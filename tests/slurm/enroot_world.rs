@@ -9,6 +9,7 @@ use anyhow::{Result, ensure};
 use testbed::{process, wait};
 
 use crate::Case;
+use crate::named;
 use crate::world::{IMAGE, World, sorted};
 
 pub const CASES: &[Case] = &[
@@ -18,6 +19,7 @@ pub const CASES: &[Case] = &[
     ("mounts_of_site_and_user", mounts),
     ("variables_of_site_and_user", variables),
     ("hooks_see_the_step_and_change_the_container", hooks),
+    ("hooks_run_once_for_all_who_join", joined),
     ("hooks_of_the_user", user_hooks),
     ("a_hook_that_fails", failing_hook),
     ("a_hook_that_hangs", hanging_hook),
@@ -182,6 +184,26 @@ fn hooks(world: &mut World) -> Result<()> {
         assert_eq!(sorted(&output.stdout), expected, "{output}");
         let said: Vec<&str> = output.stderr.lines().filter(|line| !line.contains("imported docker image")).collect();
         ensure!(said.is_empty(), "{said:?}");
+        Ok(())
+    })
+}
+
+/// A step that joins a running container has its variables, also those of hooks, which do not run again.
+fn joined(world: &mut World) -> Result<()> {
+    let count = world.make_directory(0, "work")?.join("hook-count");
+    let hook = format!("#!/bin/sh\necho BY_HOOK=yes >>$ENROOT_ENVIRON\necho run >>{}\n", count.display());
+    let files = [("hooks.d/10.sh", hook.as_str()), ("environ.d/10.env", "SITE=site\n")];
+    with_site(world, &files, |world| {
+        let _ = fs::remove_file(&count);
+        let name = named::new_name();
+        let first = named::start(world, &[&named::option(&name, ""), IMAGE], "true")?;
+        let exec = named::option(&name, ":exec");
+        let second = named::start(world, &[&exec], "echo $BY_HOOK $SITE")?;
+        named::end(first)?;
+        // Also from one that has itself joined.
+        assert_eq!(named::sh(world, &[&exec], "echo $BY_HOOK $SITE")?.stdout, "yes site\n");
+        ensure!(named::end(second)?.stdout.starts_with("yes site\n"));
+        assert_eq!(fs::read_to_string(&count)?, "run\n");
         Ok(())
     })
 }
