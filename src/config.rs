@@ -30,6 +30,8 @@ pub struct Config {
     pub runtime: RuntimeSettings,
     /// Defaults of containers.
     pub container: ContainerSettings,
+    /// Squashfs files as images.
+    pub squashfs: SquashfsSettings,
     /// Where enroot's own files are.
     pub enroot: EnrootSettings,
     /// The site's and the users' hooks.
@@ -140,6 +142,29 @@ impl Default for ContainerSettings {
             entrypoint_timeout_seconds: 300,
         }
     }
+}
+
+/// `[squashfs]`: how containers run from squashfs files, named by their path.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SquashfsSettings {
+    /// `mode`.
+    pub mode: SquashfsMode,
+}
+
+/// How containers run from squashfs files. Those that are kept or saved are always converted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SquashfsMode {
+    /// By FUSE if the user may use it on this node, else converted.
+    #[default]
+    Auto,
+    /// By a FUSE server that runs as the user.
+    Fuse,
+    /// By the kernel's squashfs, which then reads what users wrote.
+    Kernel,
+    /// As a layer of the store that is made of the file, once for each user.
+    Convert,
 }
 
 /// `[enroot]`: the files of an enroot installation, which go on working.

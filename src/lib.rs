@@ -32,6 +32,7 @@ pub mod request;
 pub mod rootfs;
 pub mod source;
 pub mod squashfs;
+pub mod squashfuse;
 pub mod store;
 pub mod sys;
 pub mod task;

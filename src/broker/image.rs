@@ -8,7 +8,10 @@ use std::path::Path;
 use rustix::fs::Mode;
 use rustix::io::Errno;
 
-use super::import::{self, AcquireRequest, AcquiredImage, ImportError, ImportEvent, LocalRequest};
+use super::import::{
+    self, AcquireRequest, AcquiredImage, ImportError, ImportEvent, ImportSettings, LocalRequest, OpenedImage,
+};
+use super::squashfs::{self, FuseServer, Method};
 use super::{BrokerError, Leader, failed};
 use crate::config::Config;
 use crate::container::InUse;
@@ -32,14 +35,27 @@ pub(super) struct Acquisition<'a, 'b> {
     pub in_use: &'a InUse<'a>,
 }
 
+/// What a container can be made from.
+#[derive(Debug)]
+pub(super) enum Acquired {
+    /// Layers of the store.
+    Layers(AcquiredImage),
+    /// A squashfs file that the kernel has mounted.
+    Mount(OwnedFd),
+    /// A squashfs file behind a FUSE server.
+    Fuse(FuseServer),
+}
+
 impl Acquisition<'_, '_> {
     /// Gets the image that the request names.
-    pub fn acquire(&mut self) -> Result<AcquiredImage, BrokerError> {
+    pub fn acquire(&mut self) -> Result<Acquired, BrokerError> {
         if let Some(call) = ImporterCall::new(self.request) {
             return self.by_site_importer(&call);
         }
         match &self.request.image {
-            Some(ImageSource::Registry { typed, reference }) => self.of_registry(typed, reference),
+            Some(ImageSource::Registry { typed, reference }) => {
+                self.of_registry(typed, reference).map(Acquired::Layers)
+            }
             Some(ImageSource::File(path)) => {
                 let image = LocalImage::Path { path: path.clone(), form: None, name: None };
                 self.of_file(&path.display().to_string(), &image)
@@ -67,21 +83,39 @@ impl Acquisition<'_, '_> {
         let in_use = self.in_use;
         let image = self
             .watch(Some(typed), |cancel, events| import::acquire(&store, &settings, wanted, in_use, cancel, events));
-        let image = image.map_err(|error| import_error(typed, &error))?;
-        self.conclude(typed, &image);
+        let image = image.map_err(|error| match import_error(typed, &error) {
+            BrokerError::Import { image, reason, .. } => {
+                BrokerError::Import { image, reason, hint: self.hint(typed, &settings) }
+            }
+            other => other,
+        })?;
+        self.conclude(typed, image.from_network);
         Ok(image)
     }
 
+    /// That a name of no image is one of a file: users forget that paths begin with a dot or a slash.
+    fn hint(&mut self, typed: &str, settings: &ImportSettings) -> Option<String> {
+        let image = LocalImage::Path { path: typed.into(), form: None, name: None };
+        let (user, cwd) = (&self.request.user, Path::new(&self.request.cwd));
+        let wanted = LocalRequest { user, image: &image, typed, cwd, environment: self.environment };
+        let opened = self.watch(None, |cancel, events| import::open_local(settings, wanted, cancel, events));
+        opened.is_ok().then(|| {
+            format!("{typed} is a file in {}: --container-image=./{typed} runs it", self.request.cwd.display())
+        })
+    }
+
     /// An image in a container engine's storage.
-    fn of_engine(&mut self, typed: &str, image: &LocalImage) -> Result<AcquiredImage, BrokerError> {
+    fn of_engine(&mut self, typed: &str, image: &LocalImage) -> Result<Acquired, BrokerError> {
         self.announce(typed);
         let image = self.of_this_machine(typed, image, Some(typed)).map_err(|error| import_error(typed, &error))?;
-        self.conclude(typed, &image);
+        if let Acquired::Layers(image) = &image {
+            self.conclude(typed, image.from_network);
+        }
         Ok(image)
     }
 
     /// What the site's importer makes of the reference.
-    fn by_site_importer(&mut self, call: &ImporterCall) -> Result<AcquiredImage, BrokerError> {
+    fn by_site_importer(&mut self, call: &ImporterCall) -> Result<Acquired, BrokerError> {
         let typed = match &self.request.image {
             Some(ImageSource::Registry { typed, .. } | ImageSource::Local { typed, .. }) => typed.clone(),
             _ => return Err(BrokerError::Start("no image".into())),
@@ -103,12 +137,11 @@ impl Acquisition<'_, '_> {
         // It is what it is: nobody knows its name.
         let image = LocalImage::Path { path: uri.clone().into(), form: None, name: None };
         let wanted = LocalRequest { user, image: &image, typed: &typed, cwd, environment };
+        let method = Method::choose(self.config.squashfs.mode, self.request);
+        let preparation = Preparation { store: &store, settings: &settings, wanted, in_use, life: self.life, method };
         let image = self.watch(Some(&typed), |cancel, events| {
-            let mut opened = import::open_imported(&settings, call, &uri, environment, cancel, events)?;
-            if opened.take_squashfs().is_some() {
-                return Err(ImportError::Source("squashfs files as images are not available yet".into()));
-            }
-            import::acquire_local(&store, &settings, wanted, opened, in_use, cancel, events)
+            let opened = import::open_imported(&settings, call, &uri, environment, cancel, events)?;
+            preparation.prepare(opened, cancel, events)
         });
         // All of it is in the store now, or none of it is wanted. The step's end does this once more.
         if !matches!(image, Err(ImportError::Cancelled { .. }))
@@ -123,12 +156,12 @@ impl Acquisition<'_, '_> {
             }
             other => BrokerError::Create { image: typed.clone(), reason: other.to_string() },
         })?;
-        self.conclude(&typed, &image);
+        self.conclude(&typed, false);
         Ok(image)
     }
 
     /// An OCI layout, an archive, or a squashfs file.
-    fn of_file(&mut self, typed: &str, image: &LocalImage) -> Result<AcquiredImage, BrokerError> {
+    fn of_file(&mut self, typed: &str, image: &LocalImage) -> Result<Acquired, BrokerError> {
         self.of_this_machine(typed, image, None).map_err(|error| match error {
             ImportError::Cancelled { .. } => BrokerError::Cancelled,
             other => BrokerError::Create { image: typed.to_owned(), reason: other.to_string() },
@@ -141,27 +174,26 @@ impl Acquisition<'_, '_> {
         typed: &str,
         image: &LocalImage,
         announced: Option<&str>,
-    ) -> Result<AcquiredImage, ImportError> {
+    ) -> Result<Acquired, ImportError> {
         let store = Store::open(&self.config.store.path)?;
         let settings = self.config.import_settings();
         let (user, cwd) = (&self.request.user, Path::new(&self.request.cwd));
         let wanted = LocalRequest { user, image, typed, cwd, environment: self.environment };
-        let in_use = self.in_use;
+        let (in_use, life) = (self.in_use, self.life);
+        let method = Method::choose(self.config.squashfs.mode, self.request);
+        let preparation = Preparation { store: &store, settings: &settings, wanted, in_use, life, method };
         self.watch(announced, |cancel, events| {
-            let mut opened = import::open_local(&settings, wanted, cancel, events)?;
-            if opened.take_squashfs().is_some() {
-                return Err(ImportError::Source("squashfs files as images are not available yet".into()));
-            }
-            import::acquire_local(&store, &settings, wanted, opened, in_use, cancel, events)
+            let opened = import::open_local(&settings, wanted, cancel, events)?;
+            preparation.prepare(opened, cancel, events)
         })
     }
 
     /// Calls `work`, which may be cancelled, and tells the leader what happens.
-    fn watch(
+    fn watch<T>(
         &mut self,
         announced: Option<&str>,
-        work: impl FnOnce(&[BorrowedFd<'_>], &mut dyn FnMut(ImportEvent)) -> Result<AcquiredImage, ImportError>,
-    ) -> Result<AcquiredImage, ImportError> {
+        work: impl FnOnce(&[BorrowedFd<'_>], &mut dyn FnMut(ImportEvent)) -> Result<T, ImportError>,
+    ) -> Result<T, ImportError> {
         let in_step = self.request.step.is_some();
         let leader = &mut *self.leader;
         let cancel: [BorrowedFd<'_>; 2] = [leader.channel.as_fd(), self.life.as_fd()];
@@ -193,14 +225,52 @@ impl Acquisition<'_, '_> {
         }
     }
 
-    fn conclude(&self, typed: &str, image: &AcquiredImage) {
-        if self.request.step.is_some() || image.from_network {
+    fn conclude(&self, typed: &str, from_network: bool) {
+        if self.request.step.is_some() || from_network {
             self.leader.say(UserMessage::Notice(format!("pyxis: imported docker image: {typed}")));
         }
     }
 
     fn store(&self) -> Result<Store, BrokerError> {
         Store::open(&self.config.store.path).map_err(failed("image store"))
+    }
+}
+
+/// Makes an opened image something a container can be made from.
+struct Preparation<'a> {
+    store: &'a Store,
+    settings: &'a ImportSettings,
+    wanted: LocalRequest<'a>,
+    in_use: &'a InUse<'a>,
+    life: &'a OwnedFd,
+    method: Method,
+}
+
+impl Preparation<'_> {
+    fn prepare(
+        &self,
+        mut opened: OpenedImage,
+        cancel: &[BorrowedFd<'_>],
+        events: &mut dyn FnMut(ImportEvent),
+    ) -> Result<Acquired, ImportError> {
+        let Self { store, settings, wanted, in_use, life, method } = self;
+        let Some((file, key)) = opened.take_squashfs() else {
+            let image = import::acquire_local(store, settings, *wanted, opened, *in_use, cancel, events)?;
+            return Ok(Acquired::Layers(image));
+        };
+        drop(opened);
+        let (user, typed) = (wanted.user, wanted.typed);
+        match method {
+            Method::Fuse => return FuseServer::start(settings, user, &file, life, typed).map(Acquired::Fuse),
+            Method::Kernel => match squashfs::mount(&file, user) {
+                Ok(mount) => return Ok(Acquired::Mount(mount)),
+                // The conversion will do, or say what is wrong with the file.
+                Err(reason) => events(ImportEvent::Log(format!("the kernel does not mount {typed}: {reason}"))),
+            },
+            Method::Convert => {}
+        }
+        let image = import::convert(store, settings, *wanted, (file, key), *in_use, cancel, events)?;
+        Ok(Acquired::Layers(image))
     }
 }
 
@@ -221,6 +291,6 @@ fn make_user_directory(runtime: &Path, user: &User) -> Result<(), Errno> {
 fn import_error(typed: &str, error: &ImportError) -> BrokerError {
     match error {
         ImportError::Cancelled { .. } => BrokerError::Cancelled,
-        other => BrokerError::Import { image: typed.to_owned(), reason: other.to_string() },
+        other => BrokerError::Import { image: typed.to_owned(), reason: other.to_string(), hint: None },
     }
 }

@@ -10,6 +10,7 @@
 mod image;
 pub mod import;
 mod named;
+mod squashfs;
 mod trace;
 
 use std::fs::File;
@@ -45,9 +46,10 @@ use crate::sys::process::{Forked, close_from, die_with_parent, fork, set_capabil
 use crate::sys::{self, memfile};
 use crate::task::UserMessage;
 use crate::task::protocol::{Entrypoint, MAX_MEMORY_FILE, ToBroker, ToLeader, descriptors};
-use image::Acquisition;
+use image::{Acquired, Acquisition};
 use import::ImportError;
 use named::{Choice, Joined, Patience};
+use squashfs::FuseServer;
 
 /// What the broker needs of root's privileges: mounting and entering namespaces; making the scratch layer the user's;
 /// becoming the user and the importer, and mapping their ids (SETFCAP: root's own); writing to a store that root owns; ending what it started.
@@ -73,6 +75,8 @@ enum BrokerError {
         image: String,
         /// Why.
         reason: String,
+        /// What may help, if anything is known.
+        hint: Option<String>,
     },
     /// An image on this machine could not be had.
     #[error("failed to create container filesystem for image: {image}")]
@@ -111,11 +115,14 @@ enum BrokerError {
 impl BrokerError {
     fn messages(self) -> Vec<UserMessage> {
         match self {
-            Self::Import { ref reason, .. } | Self::Create { ref reason, .. } => vec![
-                UserMessage::error(&self),
-                UserMessage::error("printing enroot log file:"),
-                UserMessage::error(format!("    [ERROR] {reason}")),
-            ],
+            Self::Import { ref reason, .. } | Self::Create { ref reason, .. } => {
+                let hint = if let Self::Import { hint: Some(hint), .. } = &self { Some(hint) } else { None };
+                [self.to_string(), "printing enroot log file:".into(), format!("    [ERROR] {reason}")]
+                    .into_iter()
+                    .chain(hint.map(|hint| format!("    [INFO] {hint}")))
+                    .map(UserMessage::error)
+                    .collect()
+            }
             Self::SiteImporter { ref problem, ref log, .. } => {
                 let mut messages = vec![UserMessage::error(problem)];
                 if !log.is_empty() {
@@ -233,8 +240,16 @@ struct Step<'a> {
 struct Image {
     config: Vec<u8>,
     layers: Vec<LeasedLayer>,
+    /// What is used instead of layers.
+    squashfs: Option<Squashfs>,
     /// For those who come later. `None` for what cannot be joined or kept.
     record: Option<Record>,
+}
+
+/// A squashfs file that is no layer.
+enum Squashfs {
+    Mount(OwnedFd),
+    Fuse(FuseServer),
 }
 
 /// Where a container's root filesystem comes from.
@@ -305,9 +320,24 @@ impl Step<'_> {
             Root::Kept(kept, new) => Some(Upper::Kept { directory: kept.directory(), new: *new }),
             Root::Shared { .. } => None,
         };
+        let (lower, server) = match &image.squashfs {
+            None => (overlay::Lower::Layers(&image.layers), None),
+            Some(Squashfs::Mount(mount)) => (overlay::Lower::Mount(mount), None),
+            Some(Squashfs::Fuse(server)) => (overlay::Lower::Layers(&[]), Some(server)),
+        };
+        if let Some(server) = server {
+            init_channel.send(&ToInit::Squashfuse, &[]).map_err(failed("container init"))?;
+            drop(idmap);
+            let ready = self.relay(init, &init_channel, Some(server))?.ok_or_else(vanished)?;
+            self.report(init, ready, registered)?;
+            if let Some(Squashfs::Fuse(server)) = image.squashfs {
+                server.leave_running();
+            }
+            return Ok(());
+        }
         let mounted = match upper {
             Some(upper) => Some(
-                overlay::mount(&self.mounts, &image.layers, &idmap, &self.request.user, upper)
+                overlay::mount(&self.mounts, lower, &idmap, &self.request.user, upper)
                     .map_err(|error| BrokerError::Start(error.to_string()))?,
             ),
             None => None,
@@ -322,9 +352,7 @@ impl Step<'_> {
         init_channel.send(&ToInit::Root, &[mounted.as_fd()]).map_err(failed("container init"))?;
         // The container's own mount keeps all of it alive; closing late would cost the leader time.
         drop((mounted, idmap));
-        let Some(ready) = self.relay(init, &init_channel)? else {
-            return Err(BrokerError::Start("container init ended unexpectedly".into()));
-        };
+        let ready = self.relay(init, &init_channel, None)?.ok_or_else(vanished)?;
         if let (Some(kept), Some(record)) = (&new, &image.record) {
             kept.write_record(record).map_err(|error| BrokerError::Start(error.to_string()))?;
         }
@@ -365,7 +393,7 @@ impl Step<'_> {
         drop(init_end);
         let registered = self.register(init, Some(&record), kept.is_some())?;
         drop((kept, leases));
-        let Some(ready) = self.relay(init, &init_channel)? else {
+        let Some(ready) = self.relay(init, &init_channel, None)? else {
             named::wait_for_end(self.patience(), &pidfd)?;
             return Ok(false);
         };
@@ -418,9 +446,15 @@ impl Step<'_> {
         let Self { leader, life, config, request, environment, mounts, .. } = self;
         let in_use = InUse::new(mounts, &config.container.path);
         let image = Acquisition { leader, life, config, request, environment, in_use: &in_use }.acquire()?;
+        let of_squashfs = |squashfs| Image { config: vec![], layers: vec![], squashfs: Some(squashfs), record: None };
+        let image = match image {
+            Acquired::Layers(image) => image,
+            Acquired::Mount(mount) => return Ok(of_squashfs(Squashfs::Mount(mount))),
+            Acquired::Fuse(server) => return Ok(of_squashfs(Squashfs::Fuse(server))),
+        };
         tracing::debug!(manifest = %image.manifest, layers = image.layers.len(), after = ?self.began.elapsed(), "have the image");
         let record = self.name.as_ref().and_then(|_| named::record(&self.request, &image));
-        Ok(Image { config: image.config, layers: image.layers, record })
+        Ok(Image { config: image.config, layers: image.layers, squashfs: None, record })
     }
 
     /// The image of a container that exists. Layers that the store has lost are fetched again.
@@ -429,7 +463,7 @@ impl Step<'_> {
             Some(layers) => layers,
             None => self.fetch_again(&record)?,
         };
-        Ok(Image { config: record.config.clone(), layers, record: Some(record) })
+        Ok(Image { config: record.config.clone(), layers, squashfs: None, record: Some(record) })
     }
 
     /// `None` if a layer is not in the store.
@@ -461,6 +495,10 @@ impl Step<'_> {
             Err(error) => Err(lost(error.to_string())),
         }
     }
+}
+
+fn vanished() -> BrokerError {
+    BrokerError::Start("container init ended unexpectedly".into())
 }
 
 /// What init says when the container can be joined.
@@ -529,20 +567,30 @@ impl Leader<'_> {
 impl Step<'_> {
     /// Carries messages between leader and init until the container is ready; ends with the leader, the step or init.
     /// `None` if init was to join a container that has ended.
-    fn relay(&mut self, init: Pid, init_channel: &Channel<ToInit, FromInit>) -> Result<Option<Ready>, BrokerError> {
+    fn relay(
+        &mut self,
+        init: Pid,
+        init_channel: &Channel<ToInit, FromInit>,
+        server: Option<&FuseServer>,
+    ) -> Result<Option<Ready>, BrokerError> {
         let Self { leader, life, began, .. } = self;
         let init = init.as_raw_nonzero().get();
-        let vanished = || BrokerError::Start("container init ended unexpectedly".into());
         loop {
             let mut watched = [
                 PollFd::new(leader.channel, PollFlags::IN | PollFlags::RDHUP),
                 PollFd::new(init_channel, PollFlags::IN),
                 PollFd::from_borrowed_fd(life.as_fd(), PollFlags::empty()),
+                // Twice the same if there is no server.
+                PollFd::from_borrowed_fd(server.map_or(life.as_fd(), |server| server.channel().as_fd()), PollFlags::IN),
             ];
             rustix::io::retry_on_intr(|| rustix::event::poll(&mut watched, None)).map_err(failed("poll"))?;
-            let [from_leader, from_init, life_events] = watched.map(|descriptor| descriptor.revents());
+            let [from_leader, from_init, life_events, from_server] = watched.map(|descriptor| descriptor.revents());
             if !life_events.is_empty() {
                 return Err(BrokerError::Cancelled);
+            }
+            // Before init, which fails without it and does not know why.
+            if let (false, Some(server)) = (from_server.is_empty(), server) {
+                server.receive()?;
             }
             if !from_init.is_empty() {
                 match init_channel.receive().map_err(failed("container init"))? {
@@ -561,6 +609,11 @@ impl Step<'_> {
                         tracing::info!("completed container setup in {} ms", began.elapsed().as_millis());
                         return Ok(Some(Ready { workdir, entrypoint, cgroup_namespace, descriptors }));
                     }
+                    Some((FromInit::Squashfuse { owner }, device)) => {
+                        if let (Some(device), Some(server)) = (device.first(), server) {
+                            server.serve(owner, device);
+                        }
+                    }
                     Some((FromInit::Gone, _)) => return Ok(None),
                     Some((FromInit::Failed { messages }, _)) => return Err(BrokerError::Init(messages)),
                     None => return Err(vanished()),
@@ -571,6 +624,10 @@ impl Step<'_> {
                 if let Some((cgroup_namespace, descriptors)) = leader.proceed.take() {
                     let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
                     init_channel.send(&ToInit::Proceed { cgroup_namespace }, &descriptors).map_err(|_| vanished())?;
+                    // While init is busy: this takes some milliseconds.
+                    if let Some(server) = server {
+                        server.join(leader.pid);
+                    }
                 }
             }
         }

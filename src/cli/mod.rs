@@ -37,6 +37,9 @@ pub const EPILOG: &str = "pyxis-epilog";
 /// `argv[0]` of the process that lets a site's importer clean up; see [`crate::task::importer`].
 pub const RELEASE: &str = "pyxis-release";
 
+/// `argv[0]` of the process that serves a squashfs file; see [`crate::squashfuse`].
+pub const SQUASHFUSE: &str = "pyxis-squashfuse";
+
 /// Containers in Slurm steps, and on this machine.
 #[derive(Debug, Parser)]
 #[command(name = "pyxis", version, max_term_width = 100)]
@@ -68,6 +71,7 @@ pub fn main() -> ExitCode {
         Some(role) if role == BROKER.as_bytes() => crate::broker::main(arguments.next().map(PathBuf::from)),
         Some(role) if role == IMPORTER.as_bytes() => crate::broker::import::importer_role(arguments),
         Some(role) if role == CREDENTIALS.as_bytes() => crate::broker::import::credentials_role(arguments),
+        Some(role) if role == SQUASHFUSE.as_bytes() => crate::broker::import::squashfuse_role(arguments),
         Some(role) if role == SOURCE.as_bytes() => crate::broker::import::source_role(arguments),
         Some(role) if role == SAVER.as_bytes() => crate::export::saver::main(arguments),
         Some(name) if name == ENROOT.as_bytes() => enroot::main(),

@@ -5,6 +5,7 @@ use std::fmt::{self, Write};
 use std::io;
 
 use crate::erofs;
+use crate::squashfs::reader;
 
 /// Why a layer cannot be turned into an image. Renders as one line, whatever bytes the layer holds.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +24,9 @@ pub enum LayerError {
         /// What is wrong there.
         problem: Cow<'static, str>,
     },
+    /// A squashfs image that cannot be read.
+    #[error(transparent)]
+    Squashfs(reader::Error),
     /// [`LayerLimits::max_bytes`](super::LayerLimits::max_bytes).
     #[error("the unpacked layer is larger than the limit allows")]
     TooLarge,

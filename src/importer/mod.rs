@@ -7,7 +7,7 @@
 
 #![forbid(unsafe_code)]
 
-mod confine;
+pub(crate) mod confine;
 mod failure;
 pub mod inflate;
 pub mod layer;
@@ -30,10 +30,11 @@ use protocol::{Command, ImportLimits, LayerDescriptor, Report};
 
 use crate::image::manifest::Descriptor;
 use crate::image::platform::Platform;
-use crate::import::LayerLimits;
+use crate::import::{Converted, LayerError, LayerLimits, write_squashfs};
 use crate::registry::client::Client;
 use crate::registry::credentials::CredentialSet;
 use crate::registry::resolve::resolve;
+use crate::squashfs;
 use crate::sys::channel::Channel;
 use crate::sys::memfile;
 
@@ -80,6 +81,22 @@ pub fn serve(channel: BrokerChannel) -> ExitCode {
                 let begun = thread::Builder::new()
                     .name("resolve".into())
                     .spawn(move || begin(start, &worker_channel, receiver));
+                if let Err(error) = begun {
+                    fail(&channel, Failure::local(format!("cannot start a thread: {}", crate::sys::reason(error))));
+                }
+                continue;
+            }
+            (Command::Convert { limits }, None) => {
+                let (sender, _) = channel_of_jobs();
+                jobs = Some(sender);
+                let worker_channel = Arc::clone(&channel);
+                let begun = thread::Builder::new().name("convert".into()).spawn(move || {
+                    match convert(descriptors, &limits, &worker_channel) {
+                        // A broker that is gone ends the process.
+                        Ok(report) => drop(worker_channel.send(&report, &[])),
+                        Err(failure) => fail(&worker_channel, failure),
+                    }
+                });
                 if let Err(error) = begun {
                     fail(&channel, Failure::local(format!("cannot start a thread: {}", crate::sys::reason(error))));
                 }
@@ -142,7 +159,7 @@ enum Origin {
 fn begin(start: Start, channel: &Arc<BrokerChannel>, jobs: Jobs) {
     let limits = match &start.command {
         Command::Resolve { limits, .. } | Command::Open { limits, .. } => *limits,
-        Command::Confirm { .. } | Command::Fetch { .. } => return,
+        Command::Convert { .. } | Command::Confirm { .. } | Command::Fetch { .. } => return,
     };
     let threads = worker_count(limits.max_connections);
     let image = match find(start, channel) {
@@ -200,7 +217,9 @@ fn find(start: Start, channel: &BrokerChannel) -> Result<Image, Failure> {
             let config = std::mem::take(&mut found.config_bytes);
             (Image::new(Origin::Local(found), layers, &limits), report, config)
         }
-        Command::Confirm { .. } | Command::Fetch { .. } => return Err(Failure::local("nothing to find")),
+        Command::Convert { .. } | Command::Confirm { .. } | Command::Fetch { .. } => {
+            return Err(Failure::local("nothing to find"));
+        }
     };
     let config = memfile::sealed("pyxis-image-config", &config)
         .map_err(|error| Failure::local(format!("cannot pass the image config on: {}", crate::sys::reason(error))))?;
@@ -244,6 +263,44 @@ fn work(image: &Image, channel: &BrokerChannel, jobs: &Jobs) {
     }
 }
 
+/// Makes a layer of a squashfs file.
+fn convert(descriptors: Vec<OwnedFd>, limits: &ImportLimits, channel: &BrokerChannel) -> Result<Report, Failure> {
+    let mut descriptors = descriptors.into_iter().map(File::from);
+    let (Some(file), Some(out)) = (descriptors.next(), descriptors.next()) else {
+        return Err(Failure::local("the broker sent no squashfs file"));
+    };
+    let limits = LayerLimits { max_bytes: limits.max_layer_bytes, max_entries: limits.max_layer_entries };
+    let mut progress = Progress::new(0, channel);
+    let written = squashfs::reader::Image::open(file).map_err(LayerError::from);
+    let written = written.and_then(|image| write_squashfs(&image, &out, &limits, |bytes| progress.add(bytes)));
+    let Converted { content, image, .. } = written.map_err(layer::ImportError::Layer)?;
+    Ok(Report::Converted { content, image })
+}
+
+/// Tells the broker now and then how far a layer has come.
+struct Progress<'a> {
+    layer: usize,
+    channel: &'a BrokerChannel,
+    unreported: u64,
+    last: Instant,
+}
+
+impl<'a> Progress<'a> {
+    fn new(layer: usize, channel: &'a BrokerChannel) -> Self {
+        Self { layer, channel, unreported: 0, last: Instant::now() }
+    }
+
+    fn add(&mut self, bytes: u64) {
+        self.unreported += bytes;
+        if self.last.elapsed() >= PROGRESS_INTERVAL {
+            let bytes = std::mem::take(&mut self.unreported);
+            // A broker that is gone ends the process.
+            let _ = self.channel.send(&Report::Progress { layer: self.layer, bytes }, &[]);
+            self.last = Instant::now();
+        }
+    }
+}
+
 fn fail(channel: &BrokerChannel, failure: Failure) {
     // As above.
     let _ = channel.send(&failure.report(), &[]);
@@ -274,15 +331,8 @@ fn confirm(image: &Image, layer: usize) -> Result<Report, Failure> {
 
 fn fetch(image: &Image, layer: usize, out: &File, channel: &BrokerChannel) -> Result<Report, Failure> {
     let descriptor = image.layer(layer)?;
-    let (mut unreported, mut last) = (0, Instant::now());
-    let progress = |bytes: u64| {
-        unreported += bytes;
-        if last.elapsed() >= PROGRESS_INTERVAL {
-            // A broker that is gone ends the process.
-            let _ = channel.send(&Report::Progress { layer, bytes: std::mem::take(&mut unreported) }, &[]);
-            last = Instant::now();
-        }
-    };
+    let mut reported = Progress::new(layer, channel);
+    let progress = |bytes: u64| reported.add(bytes);
     let about = format!("layer {}", descriptor.blob);
     let summary = match &image.origin {
         Origin::Registry(client) => {

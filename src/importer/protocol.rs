@@ -5,6 +5,8 @@
 //!          importer → Resolved (+ memory file with the image config)      or Failed
 //! broker → Open (+ what the source reader opened)                          instead, for an image on this machine
 //!          importer → Resolved (+ memory file with the image config)      or Failed
+//! broker → Convert (+ a squashfs file, + the unnamed file to write)        instead, and nothing else follows
+//!          importer → Progress …, Converted                               or Failed
 //! broker → Confirm, for a layer that is in the store and came from this registry
 //!          importer → Confirmed
 //! broker → Fetch (+ the unnamed file to write), for a layer that is missing or came from elsewhere
@@ -48,6 +50,12 @@ pub enum Command {
         /// What the user calls it, for messages.
         shown: String,
         /// Bounds of one layer.
+        limits: ImportLimits,
+    },
+    /// Make a layer of a squashfs file. Two descriptors: the file, and an empty one, open for reading and writing. The only
+    /// command to an importer.
+    Convert {
+        /// Bounds of the layer.
         limits: ImportLimits,
     },
     /// Ask the registry whether this user may have layer `layer` (`HEAD` of its blob with the user's credentials).
@@ -100,6 +108,13 @@ pub enum Report {
         layer: usize,
         /// Bytes of the uncompressed tar stream.
         unpacked: u64,
+        /// Bytes of the layer image.
+        image: u64,
+    },
+    /// The squashfs file has become a layer.
+    Converted {
+        /// Digest of its content: the layer's name.
+        content: Digest,
         /// Bytes of the layer image.
         image: u64,
     },

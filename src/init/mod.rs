@@ -32,10 +32,10 @@ use crate::mounts::rootdir::RootDir;
 use crate::namespaces;
 use crate::request::{Environment, StepRequest};
 use crate::rootfs::identity::HostUser;
-use crate::rootfs::{cgroups, overlay};
+use crate::rootfs::{cgroups, overlay, squashfuse};
 use crate::store::LeasedLayer;
 use crate::sys::channel::Channel;
-use crate::sys::mount::{Attributes, attach_at, clone_tree, set_attributes};
+use crate::sys::mount::{Attributes, MountError, attach_at, clone_tree, set_attributes};
 use crate::sys::process::{
     become_user_keeping, block_all_signals, close_all_but, die_with_parent, exit_now, set_capabilities,
 };
@@ -194,7 +194,10 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     let host = HostUser::look_up(&request.user, start.environment);
     let overlay = receive_root(channel)?;
     let attached = overlay::attach_point(start.runtime);
-    attach_at(overlay.as_fd(), &attached).map_err(step("attach the root filesystem"))?;
+    if let Some(overlay) = &overlay {
+        attach_at(overlay.as_fd(), &attached).map_err(step("attach the root filesystem"))?;
+    }
+    let in_user_namespace = overlay.is_none();
     drop(overlay);
     rustix::process::chdir(&attached).map_err(step("enter the root filesystem"))?;
 
@@ -210,8 +213,12 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     die_with_parent(start.broker).map_err(step("container init"))?;
     channel.send(&FromInit::Started, &[]).map_err(|_| InitError::Abandoned)?;
 
-    // A locked mount cannot become the root; a bind of it on itself can.
-    let root = clone_tree(CWD.as_fd(), Path::new("."), false).map_err(step("bind the root filesystem"))?;
+    let root = if in_user_namespace {
+        mount_over_fuse(start, channel, site.choices.remap_root)?
+    } else {
+        // A locked mount cannot become the root; a bind of it on itself can.
+        clone_tree(CWD.as_fd(), Path::new("."), false).map_err(step("bind the root filesystem"))?
+    };
     attach_at(root.as_fd(), Path::new(".")).map_err(step("bind the root filesystem"))?;
     rustix::process::fchdir(&root).map_err(step("enter the root filesystem"))?;
 
@@ -250,10 +257,31 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     Ok(Ready { workdir: plan::workdir(&image), environment, entrypoint, cgroup_namespace: None, hook_variables })
 }
 
-fn receive_root(channel: &Channel<FromInit, ToInit>) -> Result<OwnedFd, InitError> {
+/// The root filesystem; `None` if it is to be made in the user's namespaces.
+fn receive_root(channel: &Channel<FromInit, ToInit>) -> Result<Option<OwnedFd>, InitError> {
     match channel.receive().map_err(step("broker"))? {
-        Some((ToInit::Root, mut descriptors)) => descriptors.pop().ok_or(InitError::Abandoned),
+        Some((ToInit::Root, mut descriptors)) => Ok(Some(descriptors.pop().ok_or(InitError::Abandoned)?)),
+        Some((ToInit::Squashfuse, _)) => Ok(None),
         _ => Err(InitError::Abandoned),
+    }
+}
+
+fn mount_over_fuse(
+    start: &Start<'_>,
+    channel: &Channel<FromInit, ToInit>,
+    remap_root: bool,
+) -> Result<OwnedFd, InitError> {
+    let user = &start.request.user;
+    let owner = if remap_root { (0, 0) } else { (user.uid, user.gid) };
+    let size = start.settings.scratch_size.as_deref();
+    squashfuse::mount(owner, size, &overlay::attach_point(start.runtime), |device| {
+        channel.send(&FromInit::Squashfuse { owner }, &[device.as_fd()]).map_err(|_| InitError::Abandoned)
+    })
+}
+
+impl From<MountError> for InitError {
+    fn from(error: MountError) -> Self {
+        Self::Other(format!("cannot make the root filesystem: {error}"))
     }
 }
 

@@ -4,6 +4,7 @@
 //! init   → Say …                                at any time
 //! init   → Started                              in its user namespace
 //! broker → Root (+ detached overlay mount)      as soon as it exists: before Started
+//!          or Squashfuse, to which init answers with Squashfuse (+ /dev/fuse), after Started
 //! broker → Proceed (as the leader sent it)
 //! init   → WantTaskCgroup                       if it starts programs on the host
 //! broker → InTaskCgroup
@@ -22,6 +23,8 @@ use crate::task::protocol::Entrypoint;
 pub enum ToInit {
     /// One descriptor: the root filesystem, a detached mount.
     Root,
+    /// Make the root filesystem yourself, over a FUSE server.
+    Squashfuse,
     /// The descriptors of [`ToBroker::Proceed`](crate::task::protocol::ToBroker::Proceed).
     Proceed {
         /// Whether the second descriptor is there.
@@ -41,6 +44,11 @@ pub enum FromInit {
     /// Init is about to run what the site or the user wrote: that belongs into the task's cgroups, to which its children
     /// come with init itself. After Proceed.
     WantTaskCgroup,
+    /// One descriptor: `/dev/fuse`, mounted; somebody has to answer there.
+    Squashfuse {
+        /// Whose the files are in the user namespace.
+        owner: (u32, u32),
+    },
     /// The container can be joined. The descriptors of [`ToLeader::Ready`](crate::task::protocol::ToLeader::Ready).
     Ready {
         /// The image's working directory.

@@ -195,6 +195,14 @@ fn mount_layers<'a>(layers: &[&'a LeasedLayer]) -> Result<Vec<(&'a LeasedLayer, 
     layers.iter().map(mount).collect()
 }
 
+fn mount_over_loop(file: BorrowedFd<'_>) -> Result<OwnedFd, MountError> {
+    // The device would hold the lease: a description of its own.
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let own = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|errno| MountError::new("open the layer again", errno))?;
+    sys::loopdev::mount(own.as_fd(), "erofs", LAYER_ATTRIBUTES)
+}
+
 fn attach_layers(mounts: &[(&LeasedLayer, OwnedFd)]) -> Result<(), LayerMountError> {
     mounts.iter().try_for_each(|(layer, mount)| {
         attach(layer, mount).map_err(|source| LayerMountError::Layer { layer: layer.diff_id, source })
@@ -205,7 +213,7 @@ fn attach_layers(mounts: &[(&LeasedLayer, OwnedFd)]) -> Result<(), LayerMountErr
 fn mount_layer(file: BorrowedFd<'_>) -> Result<OwnedFd, MountError> {
     match mount_file(file) {
         // The file's file system cannot be read by EROFS itself (tmpfs never, any before Linux 6.12).
-        Err(error) if error.errno() == Some(Errno::NOTBLK) => sys::loopdev::mount(file, "erofs", LAYER_ATTRIBUTES),
+        Err(error) if error.errno() == Some(Errno::NOTBLK) => mount_over_loop(file),
         other => other,
     }
 }

@@ -6,3 +6,4 @@ pub mod identity;
 pub mod layers;
 pub mod overlay;
 pub mod probe;
+pub mod squashfuse;

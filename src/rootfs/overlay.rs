@@ -49,18 +49,30 @@ pub enum Upper<'a> {
     },
 }
 
+/// What is below.
+#[derive(Debug)]
+pub enum Lower<'a> {
+    /// Layers of the store.
+    Layers(&'a [LeasedLayer]),
+    /// A detached mount in which everything is the user's already.
+    Mount(&'a OwnedFd),
+}
+
 /// Makes the root filesystem of a container of `user`'s and returns it as a detached mount.
 ///
 /// `idmap` is a user namespace that maps 0 to the user: so the root-owned files of the layers become his. The calling,
 /// single-threaded process is in another mount namespace afterwards and must not use host paths any more.
 pub fn mount(
     mounts: &LayerMounts,
-    layers: &[LeasedLayer],
+    lower: Lower<'_>,
     idmap: &OwnedFd,
     user: &User,
     upper: Upper<'_>,
 ) -> Result<OwnedFd, OverlayError> {
-    let layers = topmost_first(layers);
+    let layers = match lower {
+        Lower::Layers(layers) => topmost_first(layers),
+        Lower::Mount(_) => Vec::new(),
+    };
     if layers.len() > MAX_LAYERS {
         return Err(OverlayError::TooManyLayers(layers.len()));
     }
@@ -92,16 +104,24 @@ pub fn mount(
         Upper::Kept { new, .. } => ("k/upper", new, "upperdir=k/upper,workdir=k/work,redirect_dir=on,index=off"),
     };
 
+    let attach_lower = |index: usize, mount: &OwnedFd| {
+        attach_new(mount, Path::new(&index.to_string()))?;
+        if index == 0 && new {
+            inherit_root_attributes(mount, upper_path).map_err(step("attributes of /"))?;
+        }
+        Ok::<(), MountError>(())
+    };
     for (index, layer) in layers.iter().enumerate() {
         let clone = clone_tree(CWD.as_fd(), &mount_point(layer), false).map_err(step("open_tree"))?;
-        let attributes = Attributes { user_namespace: Some(idmap.as_fd()), ..Attributes::default() };
-        set_attributes(clone.as_fd(), &attributes).map_err(step("idmapped mount"))?;
-        attach_new(&clone, Path::new(&index.to_string()))?;
-        if index == 0 && new {
-            inherit_root_attributes(&clone, upper_path).map_err(step("attributes of /"))?;
-        }
+        show_as(&clone, idmap)?;
+        attach_lower(index, &clone)?;
     }
-    let lower: Vec<String> = (0..layers.len()).map(|index| index.to_string()).collect();
+    let mut count = layers.len();
+    if let Lower::Mount(mount) = lower {
+        attach_lower(0, mount)?;
+        count = 1;
+    }
+    let lower: Vec<String> = (0..count).map(|index| index.to_string()).collect();
     let options = format!("lowerdir={},{options}", lower.join(":"));
     rustix::fs::mkdir("m", Mode::from_raw_mode(0o700)).map_err(step("mkdir"))?;
     let options = std::ffi::CString::new(options).map_err(|_| step("options")(Errno::INVAL))?;
@@ -116,6 +136,12 @@ pub fn mount(
     Ok(clone_tree(CWD.as_fd(), Path::new("m"), false).map_err(step("open_tree"))?)
 }
 
+/// Shows the root-owned files of a detached mount as those of the user of `idmap`.
+pub fn show_as(mount: &OwnedFd, idmap: &OwnedFd) -> Result<(), MountError> {
+    let attributes = Attributes { user_namespace: Some(idmap.as_fd()), ..Attributes::default() };
+    set_attributes(mount.as_fd(), &attributes).map_err(step("idmapped mount"))
+}
+
 /// The layers as overlay wants them. Of a layer that occurs twice only the upper one counts, as if it had been applied
 /// again, and overlay does not take the same directory twice.
 fn topmost_first(layers: &[LeasedLayer]) -> Vec<&LeasedLayer> {
@@ -123,7 +149,7 @@ fn topmost_first(layers: &[LeasedLayer]) -> Vec<&LeasedLayer> {
     layers.iter().rev().filter(|layer| seen.insert(layer.diff_id)).collect()
 }
 
-fn step(call: &'static str) -> impl Fn(Errno) -> MountError {
+pub(super) fn step(call: &'static str) -> impl Fn(Errno) -> MountError {
     move |errno| MountError::new(call, errno)
 }
 
@@ -157,7 +183,7 @@ fn kept_layer(directory: BorrowedFd<'_>) -> Result<OwnedFd, MountError> {
 const MOUNT_ATTR_NOSYMFOLLOW: u64 = 0x0020_0000;
 
 /// The merged root directory has the attributes of the upper one: give it those of the image's.
-fn inherit_root_attributes(top: &OwnedFd, upper: &str) -> Result<(), Errno> {
+pub(super) fn inherit_root_attributes(top: &OwnedFd, upper: &str) -> Result<(), Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let upper = rustix::fs::open(upper, flags, Mode::empty())?;
     let status = rustix::fs::fstat(top)?;

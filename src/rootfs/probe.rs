@@ -104,8 +104,8 @@ fn try_root(store: &Path, runtime: &Path) -> Result<(), String> {
     let idmap = namespaces::idmap(&NOBODY).map_err(step("user namespace"))?;
     let layer = LeasedLayer { diff_id: Digest::from_bytes([0; 32]), file };
     let mounts = LayerMounts::open(runtime).map_err(|error| error.to_string())?;
-    let root =
-        overlay::mount(&mounts, &[layer], &idmap, &NOBODY, Upper::Scratch(None)).map_err(|error| error.to_string())?;
+    let root = overlay::mount(&mounts, overlay::Lower::Layers(&[layer]), &idmap, &NOBODY, Upper::Scratch(None))
+        .map_err(|error| error.to_string())?;
     let owner = rustix::fs::statat(root.as_fd(), "", rustix::fs::AtFlags::EMPTY_PATH)
         .map_err(|errno| step("root directory")(errno.into()))?;
     match owner.st_uid == NOBODY.uid {

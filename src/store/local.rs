@@ -93,6 +93,11 @@ impl Store {
         self.write_json(&format!("confirmed/{uid}/local"), &self.local_name(&record.key)?, record)
     }
 
+    /// What to lock while a layer is made of `key` for `uid`.
+    pub fn local_lock(&self, uid: u32, key: &LocalKey) -> Result<Digest> {
+        Ok(Digest::from_bytes(Sha256::digest(format!("{uid} {}", self.local_name(key)?)).into()))
+    }
+
     /// File name of a record. Nodes of several architectures may share a store.
     fn local_name(&self, key: &LocalKey) -> Result<String> {
         let key = serde_json::to_vec(&(std::env::consts::ARCH, key))

@@ -46,7 +46,7 @@ struct LoopConfig {
 }
 
 /// A detached mount of the image in `file`, of a file system of this type (`erofs`, `squashfs`), over a loop device that
-/// goes away with the last mount.
+/// goes away with the last mount. Until then the device has the open file description, with its locks and credentials.
 pub fn mount(
     file: BorrowedFd<'_>,
     file_system: &'static str,
@@ -66,9 +66,6 @@ pub fn mount(
 /// Attaches `file`, read-only, to a free loop device. It clears itself when the returned descriptor and all mounts of it
 /// are gone.
 fn attach(file: BorrowedFd<'_>) -> io::Result<(File, String)> {
-    // The device keeps what it is given: a description of its own, or it would hold the caller's flock.
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let file = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
     let control = rustix::fs::open("/dev/loop-control", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
     for attempt in 1..=ATTEMPTS {
         // SAFETY: the ioctl takes no argument and returns a number.

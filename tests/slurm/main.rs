@@ -26,6 +26,7 @@ mod relay;
 mod save;
 mod session;
 mod sources;
+mod squashfs;
 mod unshare;
 mod world;
 
@@ -62,6 +63,7 @@ fn main() -> ExitCode {
         ("registries", registries::CASES),
         ("sources", sources::CASES),
         ("importer", importer::CASES),
+        ("squashfs", squashfs::CASES),
         ("jobs", jobs::CASES),
         ("mpi", mpi::CASES),
         ("relay", relay::CASES),

@@ -1,12 +1,14 @@
 //! Images that are not whole.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Seek, Write};
 use std::path::Path;
 
 use proptest::prelude::*;
+use spank_pyxis::import::{LayerLimits, write_squashfs};
 use spank_pyxis::squashfs::reader::{Error, Image};
 
+use crate::reader;
 use crate::support::{Source, noise, read, text};
 
 fn image_of(bytes: &[u8]) -> Result<Image, Error> {
@@ -82,6 +84,24 @@ fn a_directory_inside_itself() {
     assert!(error.ends_with("it is in two places"), "{error}");
 }
 
+/// Turns it into a layer, if that is possible.
+fn convert(bytes: &[u8]) {
+    let Ok(image) = image_of(bytes) else { return };
+    let limits = LayerLimits { max_bytes: 4 << 20, max_entries: 10_000 };
+    let out = tempfile::tempfile().unwrap();
+    match write_squashfs(&image, &out, &limits, |_| {}) {
+        Ok(converted) => {
+            assert_eq!(out.metadata().unwrap().len(), converted.image);
+            let mut written = Vec::new();
+            let mut out = out;
+            out.rewind().unwrap();
+            out.read_to_end(&mut written).unwrap();
+            reader::read(&written).unwrap();
+        }
+        Err(error) => assert!(!error.to_string().contains('\n')),
+    }
+}
+
 /// Everything, without looking at it.
 fn read_all(bytes: &[u8]) -> Result<(), Error> {
     let image = image_of(bytes)?;
@@ -127,6 +147,7 @@ proptest! {
                     let at = from + at.index(image.len() - from);
                     image[at] = if *xor == 0 { *value } else { image[at] ^ xor };
                 }
+                convert(&image);
                 if let Err(error) = read_all(&image) {
                     assert!(!error.to_string().contains('\n'));
                 }

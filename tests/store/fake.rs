@@ -217,7 +217,7 @@ pub fn answer(served: &Served, command: Command, mut descriptors: Vec<OwnedFd>) 
         Command::Resolve { .. } => {
             let _ = served.channel.send(&served.resolved(), &[Served::config().as_fd()]);
         }
-        Command::Open { .. } => served.fail(FailureKind::Local, "no registry's image"),
+        Command::Open { .. } | Command::Convert { .. } => served.fail(FailureKind::Local, "no registry's image"),
         Command::Confirm { layer } => {
             served.registries.confirms.fetch_add(1, Ordering::SeqCst);
             served.report(&Report::Confirmed { layer, allowed: served.blob(layer).is_some() });

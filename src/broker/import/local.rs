@@ -267,6 +267,69 @@ pub fn acquire_local(
     Ok(AcquiredImage { manifest: image.manifest, config: image.config, layers, from_network: true })
 }
 
+/// Makes a layer of the squashfs file that was opened, unless that is done and nothing has changed. The image has no
+/// config, which is an empty one.
+///
+/// As [`acquire_local`] in everything else.
+pub fn convert(
+    store: &Store,
+    settings: &ImportSettings,
+    request: LocalRequest<'_>,
+    (file, key): (OwnedFd, Option<LocalKey>),
+    pinned: &dyn PinnedMounts,
+    cancel: &[BorrowedFd<'_>],
+    events: &mut dyn FnMut(ImportEvent),
+) -> Result<AcquiredImage, ImportError> {
+    let uid = request.user.uid;
+    let known = |key: &Option<LocalKey>| key.as_ref().map_or(Ok(None), |key| remembered(store, uid, key));
+    if let Some(image) = known(&key)? {
+        return Ok(image);
+    }
+    events(ImportEvent::NetworkStart);
+    let size = rustix::fs::fstat(&file).map_err(|errno| ImportError::start("squashfs file", &errno.into()))?.st_size;
+    let (channel, process) = start_importer(settings, uid, events)?;
+    events(process.event());
+    let importer = Importer { channel, descriptors: vec![], process: Some(process), reader: None };
+    let shown = one_line(request.typed, 300);
+    let mut session = Session::new(store, settings, (None, shown.clone()), pinned, cancel, events, importer);
+    // Another step of this user's may be at it.
+    let lock = match &key {
+        Some(key) => {
+            let name = store.local_lock(uid, key)?;
+            loop {
+                if let Some(image) = known(&Some(key.clone()))? {
+                    return Ok(image);
+                }
+                if let Some(lock) = session.try_lock(&name)? {
+                    break Some(lock);
+                }
+            }
+        }
+        None => None,
+    };
+    // It may have been done while the lock was waited for.
+    if let Some(image) = known(&key)? {
+        return Ok(image);
+    }
+    let layer = session.convert(file, u64::try_from(size).unwrap_or(0)).map_err(|error| match error {
+        ImportError::Refused { kind: FailureKind::BadImage, message } => {
+            ImportError::Source(format!("Invalid image format: {shown} ({message})"))
+        }
+        other => other,
+    });
+    drop(session);
+    let layer = layer?;
+
+    let (config, manifest) = (store.keep_config(&[])?, layer.diff_id);
+    if let Some(key) = key {
+        let record = LocalRecord { key, manifest, config, layers: vec![layer.diff_id], confirmed_at: now() };
+        store.confirm_local(uid, &record)?;
+    }
+    drop(lock);
+    collect(store, settings, pinned, events);
+    Ok(AcquiredImage { manifest, config: vec![], layers: vec![layer], from_network: true })
+}
+
 /// The image as this user had it, if all of it is still there.
 fn remembered(store: &Store, uid: u32, key: &LocalKey) -> Result<Option<AcquiredImage>, StoreError> {
     let Some(record) = store.local(uid, key)? else { return Ok(None) };

@@ -27,9 +27,10 @@ use crate::request::{Environment, User};
 use crate::store::{
     Goal, LeasedLayer, ManifestRecord, PinnedMounts, ReferenceRecord, Store, StoreError, Watermarks, count, now, size,
 };
-pub use local::{LocalRequest, OpenedImage, acquire_local, open_imported, open_local};
+pub use local::{LocalRequest, OpenedImage, acquire_local, convert, open_imported, open_local};
+pub(super) use process::start_reader;
 pub use process::{Child, Importer, Processes, StartImporter};
-pub use roles::{credentials_role, importer_role, release_role, source_role};
+pub use roles::{credentials_role, importer_role, release_role, source_role, squashfuse_role};
 use session::Session;
 
 /// What the administrator decides about imports.
@@ -302,7 +303,7 @@ pub fn without_password(reference: &ImageReference) -> ImageReference {
 }
 
 /// Text from outside as one line of at most `length` characters.
-fn one_line(text: &str, length: usize) -> String {
+pub(super) fn one_line(text: &str, length: usize) -> String {
     let line: String =
         text.chars().map(|c| if c.is_whitespace() { ' ' } else { c }).filter(|c| !c.is_control()).collect();
     line.trim().chars().take(length).collect()

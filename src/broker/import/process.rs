@@ -113,7 +113,7 @@ impl StartImporter for Processes {
 
 /// Starts the part of this executable called `role`, which is going to be the user, and its channel. It does nothing
 /// before its first message.
-pub(super) fn start_reader<S, R>(
+pub(in crate::broker) fn start_reader<S, R>(
     settings: &ImportSettings,
     role: &'static str,
     output: Option<OwnedFd>,
@@ -230,9 +230,19 @@ impl Child {
         Ok(Self { pid, pidfd, deadline: None, diagnostics, reaped: false })
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.pid.as_raw_nonzero().get().unsigned_abs()
+    }
+
+    /// Lets it outlive the broker.
+    pub fn leave_running(mut self) {
+        self.reaped = true;
+    }
+
     /// Tells of it.
     pub(super) fn event(&self) -> ImportEvent {
-        ImportEvent::Process { pid: self.pid.as_raw_nonzero().get().unsigned_abs() }
+        ImportEvent::Process { pid: self.id() }
     }
 
     /// The pipe with its diagnostics, while there may be more.

@@ -16,9 +16,10 @@ use crate::registry::credentials;
 use crate::request::{Environment, LocalImage, StepRequest, User};
 use crate::source::importer::ImporterCall;
 use crate::source::{self, ToReader};
+use crate::squashfuse::{self, ToServer};
 use crate::sys::channel::Channel;
 use crate::sys::memfile;
-use crate::sys::process::{become_user, close_from, die_with_parent, take_inherited};
+use crate::sys::process::{become_user, block_all_signals, close_from, die_with_parent, take_inherited};
 
 /// The descriptor of the channel to the broker. 0 to 2 are as usual, others are closed.
 pub(super) const CHANNEL: RawFd = 3;
@@ -139,6 +140,24 @@ pub fn release_role(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => failed("importer release", &error),
+    }
+}
+
+/// The FUSE server: becomes the job's user and serves a squashfs file of his ([`squashfuse`]). Its argument is the broker's
+/// process id.
+pub fn squashfuse_role(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    let Some(parent) = number(&mut arguments).and_then(Pid::from_raw) else { return by_hand() };
+    let serve = || -> io::Result<()> {
+        let channel: squashfuse::BrokerChannel = take_descriptor()?.into();
+        let Some((ToServer::Open { user }, descriptors)) = channel.receive()? else { return Ok(()) };
+        become_somebody(&user, parent)?;
+        // The step's signals are for its tasks, which read while they end.
+        block_all_signals();
+        squashfuse::run(channel, descriptors)
+    };
+    match serve() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failed("FUSE server", &error),
     }
 }
 

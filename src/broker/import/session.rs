@@ -16,6 +16,8 @@
 
 #![forbid(unsafe_code)]
 
+mod convert;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -539,7 +541,7 @@ impl<'a, 'e> Session<'a, 'e> {
             Report::Resolved { .. } => "the image again",
             Report::Confirmed { .. } => "a confirmation",
             Report::Progress { .. } => "progress",
-            Report::Fetched { .. } => "a layer",
+            Report::Fetched { .. } | Report::Converted { .. } => "a layer",
             Report::Failed { .. } => "a failure",
         };
         self.misbehaves(&format!("{what} that nobody asked for"))

@@ -68,6 +68,8 @@ pub(super) struct DirectoryContent {
     pub size: u32,
     /// Entries of the index, and where they are.
     pub index: (u16, Position),
+    /// Number of the directory it is in.
+    pub parent: u32,
 }
 
 #[derive(Debug, Clone)]
@@ -112,6 +114,14 @@ impl Inode {
         }
     }
 
+    /// Of a directory, the number of the one it is in, as the image says.
+    pub fn parent(&self) -> Option<u32> {
+        match &self.content {
+            Content::Directory(directory) => Some(directory.parent),
+            _ => None,
+        }
+    }
+
     /// Whether it has holes, as the image says.
     pub fn is_sparse(&self) -> bool {
         matches!(&self.content, Content::File(FileContent { sparse: true, .. }))
@@ -151,6 +161,7 @@ impl Image {
                     },
                     size: u32::from(directory.size.get()).saturating_sub(DIRECTORY_EXTRA),
                     index: (0, cursor.position()),
+                    parent: directory.parent.get(),
                 })
             }
             (FileType::Directory, true) => {
@@ -163,6 +174,7 @@ impl Image {
                     },
                     size: directory.size.get().saturating_sub(DIRECTORY_EXTRA),
                     index: (directory.index.get(), cursor.position()),
+                    parent: directory.parent.get(),
                 })
             }
             (FileType::Regular, false) => {

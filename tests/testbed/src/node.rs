@@ -8,6 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 use nix::sys::signal::Signal;
+use nix::sys::stat::{Mode, SFlag};
 use nix::unistd::Pid;
 
 use crate::process::{self, Daemon};
@@ -16,6 +17,10 @@ use crate::wait;
 
 /// Directories of the machine that every node has a copy of its own of.
 const PRIVATE_DIRECTORIES: [&str; 2] = ["/var/lib/pyxis", "/run/pyxis"];
+
+/// A device that is for all users on a node, as distributions have it, though it need not be on the machine: it is bound
+/// over the machine's own.
+const SHARED_DEVICE: (&str, u64) = ("/dev/fuse", nix::sys::stat::makedev(10, 229));
 
 /// First process of a node (its arguments: pairs of a directory and where it goes, then a file to create): mounts the
 /// node's directories and then does what an init does, reap orphans.
@@ -67,6 +72,11 @@ impl Node {
             fs::create_dir_all(target).with_context(|| target.to_owned())?;
             command.arg(site.make_directory(&format!("{name}/{}", file_name(target)))?).arg(target);
         }
+        let (device, number) = SHARED_DEVICE;
+        let own_device = directory.join(file_name(device));
+        nix::sys::stat::mknod(&own_device, SFlag::S_IFCHR, Mode::empty(), number).context("mknod")?;
+        fs::set_permissions(&own_device, PermissionsExt::from_mode(0o666))?;
+        command.arg(own_device).arg(device);
         let machine = site.daemon(name, command.arg(&up))?;
         let mut node = Self { name: name.into(), directory, config: config.into(), machine, init: 0, slurmd: None };
         node.init = wait::until(&format!("the namespaces of {name}"), wait::DEADLINE, || {
@@ -166,6 +176,7 @@ impl Node {
         points(&self.init.to_string())
             .into_iter()
             .filter(|point| !machine.contains(point) && !PRIVATE_DIRECTORIES.contains(&point.as_str()))
+            .filter(|point| point != SHARED_DEVICE.0)
             .collect()
     }
 }
