@@ -85,7 +85,7 @@ pub fn run(args: &RunArgs, config: &Path) -> Result<ExitCode, Error> {
         drop(write);
         Err(task(args, config, &request, &environment, &read))
     };
-    Ok(in_child(program, |error| eprintln!("pyxis: {error}"))?)
+    Ok(ExitCode::from(in_child(program, |error: Error| eprintln!("pyxis: {error}"))?))
 }
 
 fn join(mut name: OsString, value: OsString) -> Vec<u8> {

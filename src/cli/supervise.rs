@@ -3,7 +3,6 @@
 use std::convert::Infallible;
 use std::fmt::Display;
 use std::io;
-use std::process::ExitCode;
 
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus};
 
@@ -12,10 +11,7 @@ use crate::sys::process::{Forked, block_signals_to_forward, exit_now, fork, rest
 /// Runs `program`, which becomes another one, in a child. If it returns, `report` is told why.
 ///
 /// The process has one thread.
-pub fn in_child<E: Display>(
-    program: impl FnOnce() -> Result<Infallible, E>,
-    report: impl FnOnce(E),
-) -> io::Result<ExitCode> {
+pub fn in_child<E: Display>(program: impl FnOnce() -> Result<Infallible, E>, report: impl FnOnce(E)) -> io::Result<u8> {
     let inherited = block_signals_to_forward();
     // SAFETY: nothing has started a thread, as the caller promises.
     match unsafe { fork(0) }? {
@@ -32,7 +28,7 @@ pub fn in_child<E: Display>(
 }
 
 /// Waits for the child, passing on signals, and ends as it did (128 + N for signal N, as shells have it).
-fn supervise(child: Pid) -> ExitCode {
+fn supervise(child: Pid) -> u8 {
     loop {
         match wait_for_signal() {
             Ok(Signal::CHILD) => {}
@@ -42,15 +38,19 @@ fn supervise(child: Pid) -> ExitCode {
             }
             Err(_) => continue,
         }
-        match rustix::process::waitpid(Some(child), WaitOptions::NOHANG) {
-            Ok(Some((_, status))) => return exit_code(status),
-            Ok(None) => {}
-            Err(_) => return ExitCode::FAILURE,
+        // Others too: the first process of a PID namespace inherits them.
+        loop {
+            match rustix::process::wait(WaitOptions::NOHANG) {
+                Ok(Some((pid, status))) if pid == child => return exit_code(status),
+                Ok(Some(_)) => {}
+                Ok(None) => break,
+                Err(_) => return 1,
+            }
         }
     }
 }
 
-fn exit_code(status: WaitStatus) -> ExitCode {
+fn exit_code(status: WaitStatus) -> u8 {
     let code = status.exit_status().or_else(|| status.terminating_signal().map(|signal| 128 + signal)).unwrap_or(1);
-    ExitCode::from(u8::try_from(code).unwrap_or(1))
+    u8::try_from(code).unwrap_or(1)
 }

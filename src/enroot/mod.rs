@@ -8,6 +8,7 @@ pub mod environ;
 pub mod generated;
 mod lines;
 pub mod mounts;
+pub mod script;
 mod shell;
 pub mod substitute;
 

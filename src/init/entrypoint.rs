@@ -30,7 +30,8 @@ use crate::sys::mount::{FsContext, MountError, attach, clone_tree, is_mount_root
 use crate::sys::{memfile, probe};
 use crate::task::protocol::Entrypoint;
 
-const SHELL: &str = "/bin/sh";
+/// What runs `/etc/rc`.
+pub const SHELL: &str = "/bin/sh";
 const RC: &str = "/etc/rc";
 const RC_LOCAL: &str = "/etc/rc.local";
 /// What [`override_rc_local`] shows there.

@@ -11,9 +11,8 @@ use rustix::io::Errno;
 use super::environment::{FromHost, image_file};
 use super::plan::{self, Plan};
 use super::pmix;
-use super::protocol::{FromInit, ToInit};
 use super::site::Site;
-use super::{InitError, Start, enter_task_cgroup, step};
+use super::{InitError, Start, step};
 use crate::devices::private;
 use crate::enroot::{environ, generated, mounts};
 use crate::hooks;
@@ -28,8 +27,16 @@ use crate::request::{Environment, ImageSource};
 use crate::rootfs::identity::{HostUser, Login};
 use crate::rootfs::{adapt, identity, overlay};
 use crate::sys;
-use crate::sys::channel::Channel;
 use crate::sys::mount::{attach, clone_tree};
+use crate::task::UserMessage;
+
+/// Who a container is furnished for, as far as that matters.
+pub trait Outside {
+    /// Tells the user, or the log.
+    fn say(&mut self, message: UserMessage);
+    /// Puts this process where the programs it is about to start belong.
+    fn enter_task_cgroup(&mut self) -> Result<(), InitError>;
+}
 
 /// A container's root filesystem while it is being furnished.
 #[derive(Debug)]
@@ -41,6 +48,7 @@ pub struct Furnisher<'a> {
     plan: Plan,
     root: OwnedFd,
     fstab: Fstab,
+    more_hooks: Vec<PathBuf>,
     environment: Environment,
     hook_variables: Environment,
     /// Of the container, unless something else gives them a value.
@@ -84,6 +92,7 @@ impl<'a> Furnisher<'a> {
             plan,
             root,
             fstab,
+            more_hooks: Vec::new(),
             environment: Environment::default(),
             hook_variables: Environment::default(),
             variables: Vec::new(),
@@ -91,7 +100,15 @@ impl<'a> Furnisher<'a> {
         })
     }
 
-    fn root(&self) -> RootDir<'_> {
+    /// Adds mounts and hooks of the command line, which come last.
+    pub fn add(&mut self, fstab: Fstab, hooks: Vec<PathBuf>) {
+        self.fstab.extend(fstab);
+        self.log.append(&mut self.fstab.warnings);
+        self.more_hooks.extend(hooks);
+    }
+
+    /// The root filesystem as it is now.
+    pub fn root(&self) -> RootDir<'_> {
         RootDir::new(self.root.as_fd())
     }
 
@@ -134,19 +151,17 @@ impl<'a> Furnisher<'a> {
 
     /// What takes the task's environment: the container's own, the hooks, and then the remaining mounts, the image's, the
     /// site's and the user's.
-    pub fn with_the_task(&mut self, task: &Environment, channel: &Channel<FromInit, ToInit>) -> Result<(), InitError> {
-        // Who cannot be told has ended, and so will this process.
-        self.variables = pmix::share(self.start, self.root(), task, &mut |message| {
-            let _ = channel.send(&FromInit::Say(message), &[]);
-        });
+    pub fn with_the_task(&mut self, task: &Environment, outside: &mut dyn Outside) -> Result<(), InitError> {
+        self.variables = pmix::share(self.start, self.root(), task, &mut |message| outside.say(message));
         let host = self.site.hook_environment(self.start, task, &rootfs(self.start));
         let from_host = FromHost::read(self.start, self.site, host.clone())?;
         self.environment = from_host.with_image(self.start, self.image, self.root(), &self.plan, task)?;
         self.log.extend(from_host.log);
-        let hooks = hooks::find(self.start.sysconf, &self.site.user_directory).map_err(other)?;
+        let mut hooks = hooks::find(self.start.sysconf, &self.site.user_directory).map_err(other)?;
         self.log.extend(hooks.skipped);
+        hooks.programs.append(&mut self.more_hooks);
         if !hooks.programs.is_empty() {
-            enter_task_cgroup(channel)?;
+            outside.enter_task_cgroup()?;
             self.run_hooks(&hooks.programs, host)?;
         }
         for volume in self.plan.volumes() {

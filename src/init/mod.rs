@@ -5,6 +5,7 @@
 //! process without capabilities that holds the namespaces, for tasks that join late, and the leases of the layers, and
 //! ends when the life pipe hangs up. It runs no user code and is no rank's child.
 
+pub mod alone;
 pub mod attach;
 mod entrypoint;
 mod environment;
@@ -43,7 +44,7 @@ use crate::sys::{self, memfile};
 use crate::task::UserMessage;
 use crate::task::protocol::{Entrypoint, MAX_MEMORY_FILE};
 use entrypoint::Probe;
-use furnish::{Furnished, Furnisher};
+use furnish::{Furnished, Furnisher, Outside};
 use protocol::{FromInit, ToInit};
 use site::Site;
 
@@ -227,7 +228,7 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     let login = furnisher.before_the_task()?;
     // From here on with the task's environment, and the task is in its cgroups.
     let proceed = receive_proceed(channel)?;
-    furnisher.with_the_task(&proceed.environment, channel)?;
+    furnisher.with_the_task(&proceed.environment, &mut &*channel)?;
     let Furnished { environment, hook_variables, root, log } = furnisher.finish(&login);
     for line in log {
         let line = UserMessage::Log(format!("pyxis: {line}"));
@@ -292,13 +293,21 @@ fn pivot() -> io::Result<()> {
     Ok(rustix::process::chdir("/")?)
 }
 
-/// Has the broker move this process to the task's cgroups, where the programs it will start belong: to do that itself it
-/// lacks the right. Takes some milliseconds.
-fn enter_task_cgroup(channel: &Channel<FromInit, ToInit>) -> Result<(), InitError> {
-    channel.send(&FromInit::WantTaskCgroup, &[]).map_err(|_| InitError::Abandoned)?;
-    match channel.receive().map_err(step("broker"))? {
-        Some((ToInit::InTaskCgroup, _)) => Ok(()),
-        _ => Err(InitError::Abandoned),
+/// A step's task, behind the broker.
+impl Outside for &Channel<FromInit, ToInit> {
+    fn say(&mut self, message: UserMessage) {
+        // Who cannot be told has ended, and so will this process.
+        let _ = self.send(&FromInit::Say(message), &[]);
+    }
+
+    /// Has the broker move this process to the task's cgroups: to do that itself it lacks the right. Takes some
+    /// milliseconds.
+    fn enter_task_cgroup(&mut self) -> Result<(), InitError> {
+        self.send(&FromInit::WantTaskCgroup, &[]).map_err(|_| InitError::Abandoned)?;
+        match self.receive().map_err(step("broker"))? {
+            Some((ToInit::InTaskCgroup, _)) => Ok(()),
+            _ => Err(InitError::Abandoned),
+        }
     }
 }
 

@@ -63,12 +63,21 @@ fn try_apply(root: RootDir<'_>, cwd: &Path, entry: &MountEntry) -> Result<(), Ap
     match &entry.action {
         Action::Bind { recursive } => {
             let source = cwd.join(&entry.source);
-            let tree = clone_tree(CWD.as_fd(), &source, *recursive).map_err(failed("mount"))?;
-            let target = target(match entry.create {
-                Create::Auto if is_directory(tree.as_fd()).map_err(failed("mount"))? => Create::Directory,
-                Create::Auto => Create::File,
-                other => other,
-            })?;
+            let clone = || clone_tree(CWD.as_fd(), &source, *recursive).map_err(failed("mount"));
+            let (tree, target) = match entry.create {
+                Create::Auto => {
+                    let tree = clone()?;
+                    let is_directory = is_directory(tree.as_fd()).map_err(failed("mount"))?;
+                    let create = if is_directory { Create::Directory } else { Create::File };
+                    (tree, target(create)?)
+                }
+                Create::No => (clone()?, target(Create::No)?),
+                // An image's volume is a bind of what has just been made on itself.
+                create => {
+                    let target = target(create)?;
+                    (clone()?, target)
+                }
+            };
             set_flags(tree.as_fd(), entry).map_err(failed("mount"))?;
             attach(tree.as_fd(), target.as_fd()).map_err(failed("mount"))
         }

@@ -101,8 +101,13 @@ pub fn unpack<S: Sink>(
     for file in generated::files(config, Some(source)) {
         merge.put(file.path.as_bytes(), file.mode, file.content.as_bytes()).map_err(PullError::result)?;
     }
-    if config.working_dir.starts_with('/') {
-        merge.ensure_directory(config.working_dir.as_bytes()).map_err(PullError::result)?;
+    // Mount points that a container makes for itself nobody can use.
+    let directories = config.volumes.iter().chain([&config.working_dir]);
+    for directory in directories.filter(|directory| !directory.trim_matches('/').is_empty()) {
+        // A path that cannot be, in a config, is no reason to fail: whoever uses it will be told.
+        if let Err(LayerError::Write(error)) = merge.ensure_directory(directory.as_bytes()) {
+            return Err(PullError::Write(error));
+        }
     }
     merge.finish().map_err(PullError::result)
 }

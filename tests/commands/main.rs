@@ -7,5 +7,6 @@ mod create;
 mod export;
 mod images;
 mod imports;
+mod start;
 mod tree;
 mod world;

@@ -35,6 +35,7 @@ impl World {
         };
         let home = site.make_directory("home").unwrap();
         user.own(&home).unwrap();
+        user.own(&site.make_directory("tmp").unwrap()).unwrap();
         let bin = site.make_directory("bin").unwrap();
         std::fs::copy(env!("CARGO_BIN_EXE_pyxis"), bin.join("pyxis")).unwrap();
         symlink("pyxis", bin.join("enroot")).unwrap();
@@ -51,11 +52,17 @@ impl World {
         self.called("pyxis", arguments)
     }
 
+    /// The executable under that name.
+    pub fn enroot(&self) -> PathBuf {
+        self.bin.join("enroot")
+    }
+
     fn called(&self, name: &str, arguments: &[&str]) -> Command {
         let mut command = self.user.command(self.bin.join(name));
         command.args(arguments).env("HOME", &self.home).current_dir(&self.home);
         // No /etc/enroot of the machine, no proxies, and a registry without TLS.
         command.env("ENROOT_SYSCONF_PATH", "/nonexistent").env("ENROOT_ALLOW_HTTP", "y");
+        command.env("TMPDIR", self.site.path("tmp"));
         command
     }
 

@@ -1,7 +1,7 @@
 //! `enroot exec`: a command in a container that runs.
 
 use std::convert::Infallible;
-use std::ffi::{CString, OsString};
+use std::ffi::{CString, OsStr, OsString};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
@@ -64,11 +64,11 @@ pub fn run(args: &ExecArgs, context: &Context) -> Result<ExitCode, Error> {
         rustix::process::fchdir(&cwd).map_err(|errno| denied(errno.into()))?;
         let program = || -> Result<Infallible, Error> {
             fake_ownership().load().map_err(denied)?;
-            Err(execute(&args.command, &environment))
+            Err(execute(args.command.first().map(OsString::as_os_str), &args.command, &environment))
         };
         match has_pids {
             // Only children are in another PID namespace.
-            true => Ok(in_child(program, say::error)?),
+            true => Ok(ExitCode::from(in_child(program, say::error)?)),
             false => match program()? {},
         }
     };
@@ -89,27 +89,21 @@ pub fn apply(environment: &mut Environment, asked: &[String], host: &Environment
     }
 }
 
-/// Executes `command`. Returns only if that fails.
-pub fn execute(command: &[OsString], environment: &Environment) -> Error {
+/// Becomes `program` with these words, its name first. Returns only if that fails.
+pub fn execute(program: Option<&OsStr>, words: &[OsString], environment: &Environment) -> Error {
+    let text = |text: &OsStr| CString::new(text.as_bytes());
     let attempt = || -> Result<Errno, Error> {
-        let arguments = command.iter().map(|word| CString::new(word.as_bytes())).collect::<Result<Vec<_>, _>>()?;
-        let variables = environment
-            .iter()
-            .map(|(name, value)| CString::new([name, b"=", value].concat()))
-            .collect::<Result<Vec<_>, _>>()?;
-        let name = arguments.first().ok_or("no command")?;
-        let errno = sys::exec::execute(name, &arguments, &variables, environment.get("PATH"));
+        let arguments = words.iter().map(|word| text(word)).collect::<Result<Vec<_>, _>>()?;
+        let variables = environment.iter().map(|(name, value)| CString::new([name, b"=", value].concat()));
+        let variables = variables.collect::<Result<Vec<_>, _>>()?;
+        let program = text(program.ok_or("no command")?)?;
+        let errno = sys::exec::execute(&program, &arguments, &variables, environment.get("PATH"));
         Ok(Errno::from_raw_os_error(errno as i32))
     };
+    let name = program.map_or_else(String::new, |program| program.to_string_lossy().into_owned());
     match attempt() {
-        Ok(Errno::NOENT) => {
-            let name = command.first().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            format!("Command not found: {name}").into()
-        }
-        Ok(errno) => {
-            let name = command.first().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            format!("{name}: {}", sys::reason(errno)).into()
-        }
+        Ok(Errno::NOENT) => format!("Command not found: {name}").into(),
+        Ok(errno) => format!("{name}: {}", sys::reason(errno)).into(),
         Err(error) => error,
     }
 }

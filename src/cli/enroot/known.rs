@@ -120,7 +120,7 @@ impl Known {
     }
 
     /// The container `name` that is kept for steps.
-    fn kept(&self, name: &OsStr) -> Option<FullName> {
+    pub fn kept(&self, name: &OsStr) -> Option<FullName> {
         let name = FullName::parse(name.to_str()?)?;
         self.kept.as_ref()?.names().ok()?.contains(&name).then_some(name)
     }

@@ -17,6 +17,7 @@ mod processes;
 mod remove;
 mod say;
 mod settings;
+mod start;
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -62,6 +63,8 @@ pub enum Command {
     Create(create::CreateArgs),
     /// Print the digest of an image
     Digest(digest::DigestArgs),
+    /// Start a container and run a command in it
+    Start(start::StartArgs),
     /// Execute a command inside a container that runs
     Exec(exec::ExecArgs),
     /// Create an image from a container root filesystem
@@ -144,6 +147,7 @@ fn dispatch(command: Command, config: &Path, called_as: CalledAs) -> Result<Exit
         Command::Load(args) => import::load(&args, &context()?),
         Command::Create(args) => create::run(&args, &context()?),
         Command::Digest(args) => digest::run(&args, &context()?),
+        Command::Start(args) => start::run(&args, &context()?),
         Command::Exec(args) => exec::run(&args, &context()?),
         Command::Export(args) => export::run(&args, &context()?),
         Command::List(args) => list::run(&args, &context()?),

@@ -23,11 +23,17 @@ pub fn error(text: impl Display) {
     say("[ERROR]", "\x1b[1;31m", text);
 }
 
+/// A line of a program that has its own form.
+pub fn plain(text: impl Display) {
+    say("", "", text);
+}
+
 fn say(prefix: &str, colour: &str, text: impl Display) {
     // One line, whatever a registry or an image put into it.
     let text: String = text.to_string().chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     let stderr = io::stderr();
     let line = match stderr.is_terminal() {
+        _ if prefix.is_empty() => format!("{text}\n"),
         true => format!("{colour}{prefix}\x1b[0m {text}\n"),
         false => format!("{prefix} {text}\n"),
     };
