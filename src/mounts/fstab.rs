@@ -84,11 +84,11 @@ impl Fstab {
                 return Err(FstabError::TooLong { number: index + 1, file: file.to_owned() });
             }
             let Some(parsed) = parse_line(&line) else {
-                let line = line.chars().take(200).collect();
+                let line = line.chars().take(200).map(|c| if c.is_control() { '?' } else { c }).collect();
                 return Err(FstabError::Entry { line, file: file.to_owned() });
             };
             let place = || format!("{file}:{}", index + 1);
-            for option in &parsed.unused {
+            for option in parsed.unused.iter().map(|option| option.escape_debug()) {
                 fstab.warnings.push(format!("{}: option \"{option}\" means nothing here: ignored", place()));
             }
             let pass = match parsed.pass {
@@ -275,6 +275,8 @@ mod tests {
         assert_eq!(parse(&format!("#{}\n/s", "x".repeat(5000))).unwrap().entries.len(), 1);
         let odd = parse("/s /d none bind,x-systemd.automount").unwrap();
         assert_eq!(odd.warnings, ["/f:1: option \"x-systemd.automount\" means nothing here: ignored"]);
+        let line_break = parse("/a /b none bind,x-a\\012b").unwrap();
+        assert_eq!(line_break.warnings, [r#"/f:1: option "x-a\nb" means nothing here: ignored"#]);
         assert_eq!(odd.entries[0].1.action, Action::Bind { recursive: false });
         assert_eq!(odd.entries[0].1.create, Create::No);
     }
