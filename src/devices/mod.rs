@@ -1,4 +1,5 @@
 //! What a container needs of the host's devices and services, worked out as data and applied by container init.
 
+pub mod edits;
 pub mod pmix;
 pub mod private;
