@@ -1,6 +1,10 @@
 //! A container for `pyxis start`: furnished as that of a step, by the process that then becomes the command. There is no
 //! broker and no root; the namespaces are made by the user himself, where the host lets him.
 
+mod image;
+
+pub use image::ImageServer;
+
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};

@@ -320,3 +320,51 @@ fn what_cannot_be_started_is_named() {
     assert!(!Path::new("/var/tmp/astray").exists());
     assert!(world.home.join(".local/share/enroot/astray/var/tmp/astray/passwd").exists());
 }
+
+#[test]
+fn a_squashfs_file_can_be_started_as_it_is() {
+    let world = World::new("start-squashfs");
+    world.push_busybox();
+    world.ok(&["import", "-o", "x.sqsh", &world.uri("busybox")]);
+    let before = std::fs::read(world.home.join("x.sqsh")).unwrap();
+    let script = "id -u; head -n 1 /etc/os-release; touch /x 2>/dev/null || echo read-only; exit 4";
+    let output = run(&mut world.with_fuse(&["start", "x.sqsh", "sh", "-c", script]), wait::DEADLINE).unwrap();
+    let expected = format!("{}\nID=busybox\nread-only\n", world.user.uid);
+    assert_eq!((output.code(), output.stdout.as_str()), (4, expected.as_str()), "{output}");
+    // What is written is for this start only.
+    let script = "ls -d /x /bin/cat; rm /bin/cat; echo new > /x && mv /etc/os-release /moved && ls /x /moved && id -u";
+    for _ in 0..2 {
+        let mut command = world.with_fuse(&["start", "--root", "--rw", "./x.sqsh", "sh", "-c", script]);
+        let output = run(&mut command, wait::DEADLINE).unwrap();
+        assert_eq!(output.stdout, "/bin/cat\n/moved\n/x\n0\n", "{output}");
+    }
+    assert!(std::fs::read(world.home.join("x.sqsh")).unwrap() == before);
+    let mut command = world.with_fuse(&["start", "x.sqsh", "sh", "-c", "echo ready; read x; cat /etc/os-release"]);
+    let mut running = Running::start(command.stdin(Stdio::piped())).unwrap();
+    running.wait_for_text("ready", wait::DEADLINE).unwrap();
+    assert!(world.ok(&["list", "-f"]).lines().any(|line| line.starts_with("<unknown> ")));
+    running.write_stdin(b"\n").unwrap();
+    assert!(running.wait(wait::DEADLINE).unwrap().stdout.contains("ID=busybox"));
+    // The process that reads the file ends with the container.
+    wait::until("the end of the servers", wait::DEADLINE, || {
+        let servers = testbed::process::pids().into_iter().filter(|pid| {
+            let of_user = std::fs::metadata(format!("/proc/{pid}"))
+                .is_ok_and(|metadata| std::os::unix::fs::MetadataExt::uid(&metadata) == world.user.uid);
+            let file = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+            of_user
+                && file.map(|fd| fd.path()).any(|fd| std::fs::read_link(fd).is_ok_and(|to| to.starts_with(&world.home)))
+        });
+        (servers.count() == 0).then_some(())
+    })
+    .unwrap();
+
+    // Where users may not have FUSE: what they can do instead.
+    let mut command = world.without_fuse(&["start", "x.sqsh", "true"]);
+    let output = run(&mut command, wait::DEADLINE).unwrap();
+    let path = world.home.join("x.sqsh");
+    assert!(output.stderr.starts_with(&format!("[ERROR] Failed to mount: {}: ", path.display())), "{output}");
+    assert!(output.code() == 1 && output.stderr.contains("\"pyxis create\" it"), "{output}");
+    std::fs::write(&path, &before[..before.len() / 2]).unwrap();
+    let error = world.error(&["start", "./x.sqsh", "true"]);
+    assert!(error.starts_with("Invalid image format: ./x.sqsh ("), "{error}");
+}

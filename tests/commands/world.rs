@@ -52,6 +52,31 @@ impl World {
         self.called("pyxis", arguments)
     }
 
+    /// `enroot ARGUMENTS` where the user may open `/dev/fuse`, as most hosts have it.
+    pub fn with_fuse(&self, arguments: &[&str]) -> Command {
+        self.with_device("0666", arguments)
+    }
+
+    /// `enroot ARGUMENTS` where he may not.
+    pub fn without_fuse(&self, arguments: &[&str]) -> Command {
+        self.with_device("0600", arguments)
+    }
+
+    fn with_device(&self, mode: &str, arguments: &[&str]) -> Command {
+        let node = self.site.path(&format!("fuse-{mode}"));
+        if !node.exists() {
+            let mut mknod = Command::new("mknod");
+            process::output_of(mknod.arg(format!("--mode={mode}")).arg(&node).args(["c", "10", "229"])).unwrap();
+        }
+        let inner = self.command(arguments);
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--", "sh", "-c", "mount --bind \"$0\" /dev/fuse && exec \"$@\""]).arg(node);
+        command.arg(inner.get_program()).args(inner.get_args());
+        command.env_clear().envs(inner.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").current_dir(&self.home);
+        command
+    }
+
     /// The executable under that name.
     pub fn enroot(&self) -> PathBuf {
         self.bin.join("enroot")

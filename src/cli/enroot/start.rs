@@ -20,7 +20,7 @@ use super::{Context, Error, say, settings};
 use crate::cli::supervise::in_child;
 use crate::enroot::script::Script;
 use crate::init::Start;
-use crate::init::alone::{Alone, Extras, Failure, Ready, Runtime};
+use crate::init::alone::{Alone, Extras, Failure, ImageServer, Ready, Runtime};
 use crate::mounts::fstab::Fstab;
 use crate::request::{ContainerEnv, Environment, PROTOCOL_VERSION, StepRequest, Unshare, User};
 use crate::squashfs::reader::Image;
@@ -165,8 +165,19 @@ pub fn run(args: &StartArgs, context: &Context) -> Result<ExitCode, Error> {
 /// What `typed` means: a squashfs file, or else the name of a container.
 fn find(typed: &OsStr, context: &Context) -> Result<Target, Error> {
     let path = Path::new(typed);
-    if path.is_file() && std::fs::File::open(path).is_ok_and(|file| Image::open(file).is_ok()) {
-        return Ok(Target::Image(path.canonicalize()?));
+    if path.is_file() {
+        let open = || -> Result<PathBuf, Error> {
+            Image::open(std::fs::File::open(path).map_err(sys::reason)?)?;
+            Ok(path.canonicalize()?)
+        };
+        match open() {
+            Ok(path) => return Ok(Target::Image(path)),
+            // A container's name has no slash.
+            Err(error) if typed.as_bytes().contains(&b'/') => {
+                return Err(format!("Invalid image format: {} ({error})", path.display()).into());
+            }
+            Err(_) => {}
+        }
     }
     Ok(Target::Unpacked(Known::new(context).find_unpacked(typed, "")?))
 }
@@ -215,19 +226,27 @@ fn lines_of(text: &str) -> impl Iterator<Item = String> + '_ {
 /// What has to be done before this process is in its namespaces.
 enum Prepared {
     Unpacked { path: PathBuf, _lock: Option<OwnedFd> },
+    Image(ImageServer),
 }
 
 impl Prepared {
     fn new(target: &Target) -> Result<Self, Failure> {
         match target {
             Target::Unpacked(path) => Ok(Self::Unpacked { path: path.clone(), _lock: lock(path)? }),
-            Target::Image(path) => Err(Failure::line(format!("Failed to mount: {}", path.display()))),
+            Target::Image(path) => ImageServer::start(path).map(Self::Image),
         }
     }
 
     /// The root filesystem as a detached mount.
-    fn root(&self, _alone: &Alone<'_>) -> Result<OwnedFd, Failure> {
+    fn root(&self, alone: &Alone<'_>) -> Result<OwnedFd, Failure> {
         match self {
+            Self::Image(server) => {
+                let root = server.mount(alone)?;
+                // By which "list" knows that this is a container.
+                let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+                let _ = rustix::fs::openat(&root, ".lock", flags, Mode::RUSR | Mode::WUSR);
+                Ok(root)
+            }
             Self::Unpacked { path, .. } => clone_tree(CWD.as_fd(), path, false)
                 .map_err(|errno| Failure::line(format!("Failed to mount: {}: {}", path.display(), sys::reason(errno)))),
         }
