@@ -38,7 +38,7 @@ fn main() -> ExitCode {
 fn export(image: &Path, options: &str) -> Result<()> {
     let (options, _) = Options::parse(options)?;
     let file = Target::open(image)?.create()?;
-    export::write(File::open(TREE)?.as_fd(), &file, &options)?;
+    export::write(File::open(TREE)?.as_fd(), &file, &options, &[])?;
     Ok(file.publish_unsynced()?)
 }
 

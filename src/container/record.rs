@@ -64,6 +64,13 @@ impl Record {
         }
     }
 
+    /// Where the image came from, as `docker://…`, if that was a registry.
+    pub fn source(&self) -> Option<String> {
+        match &self.lower {
+            Lower::Layers { reference, .. } => reference.as_ref().map(|reference| format!("docker://{reference}")),
+        }
+    }
+
     /// The content of a record file.
     pub fn to_bytes(&self) -> io::Result<Vec<u8>> {
         let mut bytes = serde_json::to_vec(self)?;

@@ -13,8 +13,13 @@ mod walk;
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 
-use crate::squashfs::writer::{self, Options, Writer};
+use crate::container::FullName;
+use crate::container::running::Running;
+use crate::enroot::generated::{self, GeneratedFile};
+use crate::image::config::ImageConfig;
+use crate::squashfs::writer::{self, Attributes, Options, Writer};
 use crate::sys;
 use target::{NewFile, TargetError};
 
@@ -38,11 +43,35 @@ pub enum ExportError {
 }
 
 /// Writes the root filesystem behind `root` into `file`, which still has to be published. `root` may be a detached mount;
-/// of other file systems mounted below it nothing is read.
-pub fn write(root: BorrowedFd<'_>, file: &NewFile, options: &Options) -> Result<(), ExportError> {
+/// of other file systems mounted below it nothing is read. `start` are the files that say how to start it: they take the
+/// place of what has their paths, unless such files are there already.
+pub fn write(
+    root: BorrowedFd<'_>,
+    file: &NewFile,
+    options: &Options,
+    start: &[GeneratedFile],
+) -> Result<(), ExportError> {
     let output = file.file().map_err(|error| file.failed("write", error))?;
     let mut writer = Writer::new(output, options)?;
+    let start = if walk::wants_start_files(root) { start } else { &[] };
+    for file in start {
+        let attributes = Attributes { mode: file.mode, mtime: writer.time().into(), xattrs: Vec::new() };
+        writer.file(file.path.as_bytes(), attributes, &mut file.content.as_bytes())?;
+    }
     walk::walk(root, &mut writer)?;
     writer.finish()?;
     Ok(())
+}
+
+/// The files that say how to start the running container `name` of `uid`, from what it was made from. None if that is
+/// not known, or is no image with a config.
+pub fn start_files(runtime: &Path, uid: u32, name: &FullName) -> Vec<GeneratedFile> {
+    let record = || {
+        let running = Running::open(runtime, uid).ok()??;
+        let instance = running.instances(name).ok()?.into_iter().next()?;
+        running.record(name, &instance).ok()
+    };
+    let Some(record) = record() else { return Vec::new() };
+    let Ok(image) = ImageConfig::parse(&record.config) else { return Vec::new() };
+    generated::files(&image, record.source().as_deref()).into()
 }

@@ -12,25 +12,27 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, WaitStatus};
-use rustix::thread::{CapabilitySet, CapabilitySets, ThreadNameSpaceType};
+use rustix::process::{Pid, Signal, WaitOptions, WaitStatus};
+use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::ExportError;
 use super::target::Target;
 use crate::config::Config;
+use crate::container::FullName;
 use crate::enroot::conf::{EnrootConf, Identity, of_job};
+use crate::namespaces::running::enter_root;
 use crate::request::{Environment, PROTOCOL_VERSION, User};
 use crate::rootfs::identity::HostUser;
 use crate::squashfs::writer::{DEFAULT_OPTIONS, Options};
 use crate::sys::process::{block_all_signals, close_from, end_like, exit_now, take_inherited, wait_for_signal};
-use crate::sys::{self, memfile, mount};
+use crate::sys::{self, memfile};
 use crate::task::protocol::MAX_MEMORY_FILE;
 use crate::task::saving::{SaveRequest, TaskCount, descriptors};
 
@@ -179,10 +181,16 @@ fn export(
     // A leading task's saver has privileges in the container's user namespace already. They are not for the user's files.
     let privileges = rustix::thread::capabilities(None).map_err(container("enter"))?;
     set_effective(privileges, CapabilitySet::empty()).map_err(container("enter"))?;
-    let options = options(environment, config)?;
+    // What else there is in it is not needed here, and a broken one has been complained about.
+    let config = Config::load(config).unwrap_or_default();
+    let options = options(environment, &config)?;
+    // A container that this step has joined may have been made without them.
+    let uid = rustix::process::getuid().as_raw();
+    let name = FullName::parse(&request.container);
+    let start_files = name.map(|name| super::start_files(&config.runtime.path, uid, &name)).unwrap_or_default();
     let file = Target::open(path)?.create()?;
     set_effective(privileges, privileges.permitted).map_err(container("enter"))?;
-    let root = enter(request.init)?;
+    let root = enter_root(request.init).map_err(container("enter"))?;
     let remove = file.remover();
     let (name, target) = (request.container.clone(), shown.to_owned());
     let watch = move || {
@@ -198,7 +206,7 @@ fn export(
         exit_now(128 + signal.as_raw())
     };
     std::thread::Builder::new().spawn(watch).map_err(container("save"))?;
-    super::write(root.as_fd(), &file, &options)?;
+    super::write(root.as_fd(), &file, &options, &start_files)?;
     // What the target's directory allows is again for the user alone to use.
     let privileges = rustix::thread::capabilities(None).map_err(container("leave"))?;
     set_effective(privileges, CapabilitySet::empty()).map_err(container("leave"))?;
@@ -211,9 +219,7 @@ fn set_effective(sets: CapabilitySets, effective: CapabilitySet) -> Result<(), E
 }
 
 /// `ENROOT_SQUASH_OPTIONS` of the environment or of enroot's settings, else enroot's default.
-fn options(environment: &Environment, config: &Path) -> Result<Options, SaveError> {
-    // What else there is in it is not needed here, and a broken one has been complained about.
-    let config = Config::load(config).unwrap_or_default();
+fn options(environment: &Environment, config: &Config) -> Result<Options, SaveError> {
     let user =
         User { uid: rustix::process::getuid().as_raw(), gid: rustix::process::getgid().as_raw(), groups: Vec::new() };
     let host = HostUser::look_up(&user, environment);
@@ -237,18 +243,4 @@ fn options(environment: &Environment, config: &Path) -> Result<Options, SaveErro
         options.threads = options.threads.min(most.max(1));
     }
     Ok(options.with_source_date_epoch(environment.get_str("SOURCE_DATE_EPOCH")))
-}
-
-/// Enters the namespaces of container init and returns its root file system, without what is mounted below it.
-fn enter(init: i32) -> Result<OwnedFd, SaveError> {
-    let init = Pid::from_raw(init).ok_or(Errno::SRCH).map_err(container("find"))?;
-    let init = rustix::process::pidfd_open(init, PidfdFlags::empty()).map_err(container("find"))?;
-    match rustix::thread::move_into_thread_name_spaces(init.as_fd(), ThreadNameSpaceType::USER) {
-        // It is there already: the leading task has entered it.
-        Ok(()) | Err(Errno::INVAL) => {}
-        Err(errno) => return Err(container("enter")(errno)),
-    }
-    rustix::thread::move_into_thread_name_spaces(init.as_fd(), ThreadNameSpaceType::MOUNT)
-        .map_err(container("enter"))?;
-    mount::clone_tree(CWD.as_fd(), Path::new("/"), false).map_err(container("look into"))
 }

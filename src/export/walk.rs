@@ -11,7 +11,7 @@ use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, SeekFrom, S
 use rustix::io::Errno;
 
 use super::ExportError;
-use crate::squashfs::writer::{Attributes, FileWriter, Special, Writer, Xattrs};
+use crate::squashfs::writer::{Attributes, Entry, FileWriter, Special, Writer, Xattrs};
 
 /// What only this container has, whatever it is. What is in `/dev` is left out, too.
 const LEFT_OUT: [&[u8]; 2] = [b".enroot", b".lock"];
@@ -26,7 +26,19 @@ struct Level {
     names: Vec<Vec<u8>>,
 }
 
-/// Adds everything in `root` to `writer`.
+/// Whether files that say how to start a container may be added to `root`: it has none, and `/etc` is a directory or
+/// absent.
+pub fn wants_start_files(root: BorrowedFd<'_>) -> bool {
+    let is_absent = |directory: BorrowedFd<'_>, name: &str| {
+        rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).is_err_and(|errno| errno == Errno::NOENT)
+    };
+    match open(root, b"etc", OFlags::PATH | OFlags::DIRECTORY) {
+        Ok(etc) => is_absent(etc.as_fd(), "rc"),
+        Err(_) => is_absent(root, "etc"),
+    }
+}
+
+/// Adds everything in `root` to `writer`, but what is there already.
 pub fn walk(root: BorrowedFd<'_>, writer: &mut Writer) -> Result<(), ExportError> {
     let root = open(root, b".", OFlags::RDONLY | OFlags::DIRECTORY).map_err(|errno| failed(b"", errno))?;
     let status = rustix::fs::fstat(&root).map_err(|errno| failed(b"", errno))?;
@@ -39,7 +51,7 @@ pub fn walk(root: BorrowedFd<'_>, writer: &mut Writer) -> Result<(), ExportError
             continue;
         };
         let path = if level.path.is_empty() { name.clone() } else { [&level.path, &b"/"[..], &name].concat() };
-        if LEFT_OUT.contains(&&path[..]) {
+        if LEFT_OUT.contains(&&path[..]) || walker.writer.entry(&path) == Some(Entry::Other) {
             continue;
         }
         match walker.entry(level.directory.as_fd(), &name, &path) {

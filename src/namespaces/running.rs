@@ -7,7 +7,7 @@ use std::path::Path;
 
 use rustix::fs::CWD;
 use rustix::io::Errno;
-use rustix::process::{Pid, WaitOptions};
+use rustix::process::{Pid, PidfdFlags, WaitOptions};
 use rustix::thread::{CapabilitySet, ThreadNameSpaceType};
 
 use crate::request::User;
@@ -44,6 +44,20 @@ pub fn enter_all(pid: i32, pidfd: BorrowedFd<'_>) -> io::Result<ThreadNameSpaceT
     }
     rustix::thread::move_into_thread_name_spaces(pidfd, namespaces)?;
     Ok(namespaces)
+}
+
+/// Moves the calling process, which has one thread and is the container's user, into the user and mount namespaces of
+/// process `pid`. Returns a detached clone of their root mount, without what is mounted below.
+pub fn enter_root(pid: i32) -> io::Result<OwnedFd> {
+    let pid = Pid::from_raw(pid).ok_or(Errno::SRCH)?;
+    let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
+    match rustix::thread::move_into_thread_name_spaces(pidfd.as_fd(), ThreadNameSpaceType::USER) {
+        // It is there already: a step's leading task has entered it.
+        Ok(()) | Err(Errno::INVAL) => {}
+        Err(errno) => return Err(errno.into()),
+    }
+    rustix::thread::move_into_thread_name_spaces(pidfd.as_fd(), ThreadNameSpaceType::MOUNT)?;
+    Ok(clone_tree(CWD.as_fd(), Path::new("/"), false)?)
 }
 
 /// A detached clone of the root mount of the container that the process behind `pidfd` belongs to, which is `user`'s:

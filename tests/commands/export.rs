@@ -15,7 +15,8 @@ fn a_container_goes_round() {
     let root = world.home.join(".local/share/enroot/box");
     // What a start leaves behind, and what a user adds.
     let script = "cd ~/.local/share/enroot/box && mkdir -m 0 stub && touch file-stub .lock && chmod 0 file-stub && \
-                  mkdir dev && touch dev/null && echo mine > mine && ln mine mine-too && chmod 600 mine";
+                  mkdir dev && touch dev/null && echo mine > mine && ln mine mine-too && chmod 600 mine && \
+                  echo secret > secret && chmod 0 secret";
     output_of(world.user.command("sh").args(["-c", script]).env("HOME", &world.home)).unwrap();
     let output = world.run(&["export", "box"]).success().unwrap();
     assert_eq!((output.stdout.as_str(), output.stderr.as_str()), ("", "[INFO] Creating squashfs filesystem...\n"));
@@ -28,6 +29,8 @@ fn a_container_goes_round() {
     world.ok(&["create", "-n", "again", "box.sqsh"]);
     let mut expected = tree::read(&root);
     expected.retain(|path, _| !["stub", "file-stub", ".lock", "dev/null"].contains(&path.as_str()));
+    // As every unpacked file is.
+    expected.get_mut("secret").unwrap().mode = 0o400;
     let again = tree::read(&world.home.join(".local/share/enroot/again"));
     tree::assert_same(&again, &expected);
     let listing = output_of(Command::new("unsquashfs").args(["-lln"]).arg(world.home.join("box.sqsh"))).unwrap();

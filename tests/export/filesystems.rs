@@ -11,19 +11,21 @@ use std::path::Path;
 use proptest::prelude::*;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Timespec, Timestamps, XattrFlags};
 use rustix::mount::{MountFlags, UnmountFlags};
+use spank_pyxis::enroot::generated;
 use spank_pyxis::export::target::{NewFile, Target};
 use spank_pyxis::export::{self, ExportError};
+use spank_pyxis::image::config::ImageConfig;
 use tempfile::TempDir;
 
 use crate::support::{Image, options};
-use crate::tree::{self, Kind, Tree};
+use crate::tree::{self, Content, Kind, Tree};
 
 /// Exports `root` to a file in `directory`.
 fn export(root: &Path, directory: &TempDir) -> Result<Image, ExportError> {
     let path = directory.path().join("image.sqsh");
     let file: NewFile = Target::open(&path)?.create()?;
     let root = rustix::fs::open(root, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
-    export::write(root.as_fd(), &file, &options("-comp zstd -Xcompression-level 1"))?;
+    export::write(root.as_fd(), &file, &options("-comp zstd -Xcompression-level 1"), &[])?;
     file.publish()?;
     let image = tempfile::NamedTempFile::new().unwrap();
     fs::copy(&path, image.path()).unwrap();
@@ -110,6 +112,45 @@ fn what_belongs_to_one_container_is_left_out() {
     let names: BTreeSet<String> = exported.unwrap().into_keys().map(|path| String::from_utf8(path).unwrap()).collect();
     let expected = ["", "dev", "dir", "dir/.enroot", "opt", "opt/.lock", "opt/dev", "opt/dev/file", "opt/full"];
     assert_eq!(names, expected.map(str::to_owned).into());
+}
+
+#[test]
+fn start_files_take_the_place_of_others() {
+    let root = TempDir::new_in("/var/tmp").unwrap();
+    let path = |name: &str| root.path().join(name);
+    let image = ImageConfig { env: vec!["A=1".into()], ..ImageConfig::default() };
+    let start = generated::files(&image, None);
+    let export = || {
+        let directory = TempDir::new().unwrap();
+        let file = Target::open(&directory.path().join("x")).unwrap().create().unwrap();
+        let fd = rustix::fs::open(root.path(), OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        export::write(fd.as_fd(), &file, &options("-comp lz4"), &start).unwrap();
+        file.publish().unwrap();
+        let image = tempfile::NamedTempFile::new().unwrap();
+        fs::copy(directory.path().join("x"), image.path()).unwrap();
+        Image(image).judged()
+    };
+    let content = |text: &str| Kind::File { size: text.len() as u64, content: Content::of(text.as_bytes()) };
+    // No /etc at all.
+    assert_eq!(export()[&b"etc/environment"[..]].kind, content("A=1\n"));
+    // Whatever the image has there.
+    fs::create_dir_all(path("etc/rc.local/d")).unwrap();
+    fs::write(path("etc/environment"), "B=2\n").unwrap();
+    fs::write(path("etc/other"), "other").unwrap();
+    fs::set_permissions(path("etc"), fs::Permissions::from_mode(0o711)).unwrap();
+    let tree = export();
+    assert_eq!(tree[&b"etc/environment"[..]].kind, content("A=1\n"));
+    assert_eq!(tree[&b"etc/rc.local"[..]].kind, content(&start[1].content));
+    assert_eq!((tree[&b"etc"[..]].mode, tree.contains_key(&b"etc/other"[..])), (0o711, true));
+    // Users may have changed what a container was made with.
+    fs::write(path("etc/rc"), "mine\n").unwrap();
+    let tree = export();
+    assert_eq!(tree[&b"etc/rc"[..]].kind, content("mine\n"));
+    assert_eq!(tree[&b"etc/environment"[..]].kind, content("B=2\n"));
+    // Whoever has another kind of /etc knows why.
+    fs::rename(path("etc"), path("real")).unwrap();
+    symlink("real", path("etc")).unwrap();
+    assert_eq!(export()[&b"etc"[..]].kind, Kind::Symlink(b"real".to_vec()));
 }
 
 #[test]

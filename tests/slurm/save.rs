@@ -10,6 +10,7 @@ use testbed::image::{Compression, ImageBuilder};
 use testbed::{Output, Running, images, process, wait};
 
 use crate::Case;
+use crate::named;
 use crate::world::{IMAGE, World};
 
 pub const CASES: &[Case] = &[
@@ -26,6 +27,8 @@ pub const CASES: &[Case] = &[
     ("nothing_is_saved_of_a_container_that_did_not_start", no_start),
     ("signals_reach_the_task_once", signals),
     ("a_task_ends_with_its_saver", killed_saver),
+    ("named_containers", named_containers),
+    ("running_containers_can_be_exported", running),
     ("batch_scripts", batch),
     ("pty", pty),
 ];
@@ -390,6 +393,62 @@ fn killed_saver(world: &mut World) -> Result<()> {
     let output = step.wait(wait::DEADLINE)?;
     ensure!(output.code() == 137, "{output}");
     assert_eq!(names(&place)?, [""; 0]);
+    Ok(())
+}
+
+/// Made by a step that saves nothing, saved by one that uses it again, and by one that joins it.
+fn named_containers(world: &mut World) -> Result<()> {
+    let place = place(world, "named")?;
+    let name = named::new_name();
+    let (create, join) = (named::option(&name, ""), named::option(&name, ":exec"));
+    let writable = "--container-writable";
+    world.srun(&["-w", "node1", IMAGE, &create, writable, "sh", "-c", "echo 1 > /first"])?.success()?;
+    let again = |file: &str| format!("echo 2 >> /first; echo x > /{file}");
+    let (first, second) = (place.join("first.sqsh"), place.join("second.sqsh"));
+    let target = |image: &Path| format!("--container-save={}", image.display());
+    let step = ["-w", "node1", &create, writable, &target(&first), "sh", "-c", &again("second")];
+    let output = world.srun(&step)?.success()?;
+    ensure!(output.stderr.contains(&format!("exported container pyxis_{name} to {}", first.display())), "{output}");
+    assert_eq!(file(&first, "first")?, "1\n2\n");
+    let running = named::start(world, &[&create, writable], "echo 3 > /third")?;
+    let saved = world.srun(&["-w", "node1", "--overlap", &join, &target(&second), "sh", "-c", &again("fourth")]);
+    named::end(running)?;
+    saved?.success()?;
+    assert_eq!(file(&second, "first")?, "1\n2\n2\n");
+    let names: Vec<String> = listing(&second)?.into_iter().map(|(_, name)| name).collect();
+    for name in ["/second", "/third", "/fourth", "/etc/rc", "/etc/environment"] {
+        ensure!(names.iter().any(|other| other == name), "{name}: {names:#?}");
+    }
+    Ok(())
+}
+
+/// By their user, without Slurm.
+fn running(world: &mut World) -> Result<()> {
+    let place = place(world, "running")?;
+    let step = named::start(world, &[IMAGE, "--container-writable"], "echo mine > /mine; chmod 0 /mine")?;
+    let job = world.bed.cluster.admin("squeue", ["--noheader", "--format=%i", "--states=RUNNING"])?;
+    let (name, image) = (format!("pyxis_{}.0", job.trim()), place.join("image.sqsh"));
+    let user = world.user(0);
+    let export = |force: &str| {
+        let mut command = world.bed.cluster.nodes()[0].command("setpriv");
+        command
+            .args(["--reuid", &user.uid.to_string(), "--regid", &user.gid.to_string(), "--init-groups", "--"])
+            .arg(&world.bed.pyxis.executable)
+            .arg("--config")
+            .arg(&world.bed.pyxis.config)
+            .args(["export", force, "--output"])
+            .arg(&image)
+            .arg(&name)
+            .env("HOME", &user.home);
+        process::run(&mut command, wait::DEADLINE)
+    };
+    let results = (export("--force"), export("--"));
+    named::end(step)?;
+    results.0?.success()?;
+    assert_eq!(file(&image, "mine")?, "mine\n");
+    ensure!(file(&image, "etc/environment")?.contains("PATH="));
+    ensure!(file(&image, "etc/rc")?.contains("exec '/bin/sh'"));
+    ensure!(!results.1?.status.success(), "it was there already");
     Ok(())
 }
 

@@ -98,6 +98,15 @@ impl Known {
         Ok(found)
     }
 
+    /// The container of a step that runs as `name`: process id of its init.
+    pub fn running(&self, name: &OsStr) -> Result<Option<(FullName, i32)>, Error> {
+        let (Some(running), Some(name)) = (&self.running, name.to_str().and_then(FullName::parse)) else {
+            return Ok(None);
+        };
+        let instance = running.instances(&name)?.into_iter().find(|instance| instance.is_ready());
+        Ok(instance.map(|instance| (name, instance.pid())))
+    }
+
     /// Where the container `name` is.
     pub fn find(&self, name: &OsStr) -> Result<PathBuf, Error> {
         match (self.unpacked.find(name), self.kept(name)) {

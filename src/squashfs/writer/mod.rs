@@ -130,6 +130,11 @@ impl Writer {
         Ok(Self { blocks, tree: Tree::new(root), options: options.clone(), now })
     }
 
+    /// The time of the image, and of directories made on the way: seconds since 1970.
+    pub fn time(&self) -> u32 {
+        self.now
+    }
+
     /// What `path` stands for so far.
     pub fn entry(&self, path: &[u8]) -> Option<Entry> {
         self.tree.find(path).map(|id| match self.tree.node(id).kind {
