@@ -12,6 +12,7 @@ pub mod import;
 mod named;
 mod squashfs;
 mod trace;
+mod tree;
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -260,6 +261,8 @@ enum Root {
     Kept(KeptContainer, bool),
     /// A running container, whose directory stays locked until this one is registered as well.
     Shared { root: OwnedFd, _lock: Option<KeptContainer> },
+    /// A directory of the user's.
+    Tree(PathBuf),
 }
 
 impl Step<'_> {
@@ -267,7 +270,8 @@ impl Step<'_> {
     fn start(&mut self, mode: Option<NameMode>) -> Result<bool, BrokerError> {
         let choice = match (mode, &self.name) {
             (Some(mode), Some(name)) => {
-                Some(named::choose(self.patience(), &self.config, &self.request, name, mode, &self.running)?)
+                let Self { config, request, environment, running, .. } = &*self;
+                Some(named::choose(self.patience(), config, request, environment, name, mode, running)?)
             }
             _ => None,
         };
@@ -277,6 +281,11 @@ impl Step<'_> {
             Some(Choice::Reuse(kept, record)) => {
                 tracing::info!("reusing existing container filesystem");
                 (self.image_of(record)?, Root::Kept(kept, false))
+            }
+            Some(Choice::Tree(path)) => {
+                tracing::info!("reusing existing container filesystem");
+                let record = Some(named::record_of_tree(&self.request, path.clone()));
+                (Image { config: vec![], layers: vec![], squashfs: None, record }, Root::Tree(path))
             }
             Some(Choice::Attach(joined)) => return self.attach(joined),
             Some(Choice::Share(Joined { pidfd, record, kept, .. })) => {
@@ -318,7 +327,7 @@ impl Step<'_> {
         let upper = match &root {
             Root::Scratch => Some(Upper::Scratch(size)),
             Root::Kept(kept, new) => Some(Upper::Kept { directory: kept.directory(), new: *new }),
-            Root::Shared { .. } => None,
+            Root::Shared { .. } | Root::Tree(_) => None,
         };
         let (lower, server) = match &image.squashfs {
             None => (overlay::Lower::Layers(&image.layers), None),
@@ -344,12 +353,14 @@ impl Step<'_> {
         };
         tracing::debug!(after = ?self.began.elapsed(), "mounted the root filesystem");
         // Whoever comes next finds the container registered. A new one is none before it is whole.
-        let (mounted, new) = match (mounted, root) {
-            (Some(mounted), Root::Kept(kept, true)) => (mounted, Some(kept)),
-            (Some(mounted), _) | (None, Root::Shared { root: mounted, .. }) => (mounted, None),
+        let (message, mounted, new) = match (mounted, root) {
+            (Some(mounted), Root::Kept(kept, true)) => (ToInit::Root, Some(mounted), Some(kept)),
+            (Some(mounted), _) | (None, Root::Shared { root: mounted, .. }) => (ToInit::Root, Some(mounted), None),
+            (None, Root::Tree(path)) => (ToInit::Tree { path }, None, None),
             (None, _) => return Err(BrokerError::Start("internal error: no root filesystem".into())),
         };
-        init_channel.send(&ToInit::Root, &[mounted.as_fd()]).map_err(failed("container init"))?;
+        let descriptors: Vec<BorrowedFd<'_>> = mounted.iter().map(AsFd::as_fd).collect();
+        init_channel.send(&message, &descriptors).map_err(failed("container init"))?;
         // The container's own mount keeps all of it alive; closing late would cost the leader time.
         drop((mounted, idmap));
         let ready = self.relay(init, &init_channel, None)?.ok_or_else(vanished)?;
@@ -473,7 +484,7 @@ impl Step<'_> {
     }
 
     fn fetch_again(&mut self, record: &Record) -> Result<Vec<LeasedLayer>, BrokerError> {
-        let Lower::Layers { reference, manifest, layers } = &record.lower;
+        let Lower::Layers { reference, manifest, layers } = &record.lower else { return Ok(Vec::new()) };
         let name = self.name.as_ref().map(ToString::to_string).unwrap_or_default();
         let lost = |reason: String| {
             BrokerError::Start(format!(

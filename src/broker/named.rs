@@ -7,24 +7,27 @@
 //! | `exec` | error | error | attach |
 //! | `no_exec` | create | reuse | share the root filesystem |
 //!
+//! A tree that enroot has made for the user is a container that is kept ([`tree`]), by itself: nothing here locks it.
+//!
 //! The lock on a container's directory decides between steps that come at once. Nobody holds it for longer than it takes
 //! to register as running, except who creates the container: the others wait for that, as long as their step lives.
 
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::import::{self, AcquiredImage};
-use super::{BrokerError, failed};
+use super::{BrokerError, failed, tree};
 use crate::config::Config;
 use crate::container::FullName;
 use crate::container::collect::delete_removed;
 use crate::container::kept::{Containers, KeptContainer, Lock};
 use crate::container::record::{Lower, Record};
 use crate::container::running::{Instance, Running};
-use crate::request::{ImageSource, NameMode, StepRequest};
+use crate::request::{Environment, ImageSource, NameMode, StepRequest};
 use crate::store::now;
 
 /// How long to wait before looking again, in nanoseconds: short, because another step's start is what is waited for.
@@ -37,6 +40,8 @@ pub(super) enum Choice {
     Create(KeptContainer),
     /// A container that is kept and does not run.
     Reuse(KeptContainer, Record),
+    /// A tree of the user's, whether something runs in it or not.
+    Tree(PathBuf),
     /// New namespaces around the root filesystem of a running container.
     Share(Joined),
     /// The namespaces of a running container.
@@ -85,6 +90,7 @@ pub(super) fn choose(
     patience: Patience<'_>,
     config: &Config,
     request: &StepRequest,
+    environment: &Environment,
     name: &FullName,
     mode: NameMode,
     running: &Running,
@@ -111,7 +117,13 @@ pub(super) fn choose(
             Some(kept) => kept.record().map_err(refused)?,
             None => None,
         };
-        if mode == NameMode::Create && (!instances.is_empty() || record.is_some()) {
+        let tree = match (&record, instances.is_empty(), mode) {
+            (None, true, NameMode::Auto | NameMode::Create | NameMode::NoExec) => {
+                tree::find(config, request, environment, name).map_err(failed("look for containers of enroot's"))?
+            }
+            _ => None,
+        };
+        if mode == NameMode::Create && (!instances.is_empty() || record.is_some() || tree.is_some()) {
             return Err(BrokerError::Refused(
                 "error: \"create\" flag was passed to --container-name but the container already exists".into(),
             ));
@@ -120,10 +132,12 @@ pub(super) fn choose(
             match joined(running, name, &instances)? {
                 Some((instance, pidfd, record)) => {
                     tell_if_other_image(request, &record);
-                    let joined = Joined { instance, pidfd, record, kept };
-                    return Ok(match mode {
-                        NameMode::NoExec => Choice::Share(joined),
-                        _ => Choice::Attach(joined),
+                    return Ok(match (mode, &record.lower) {
+                        (NameMode::NoExec, Lower::Tree(path)) => Choice::Tree(path.clone()),
+                        (NameMode::NoExec, Lower::Layers { .. }) => {
+                            Choice::Share(Joined { instance, pidfd, record, kept })
+                        }
+                        _ => Choice::Attach(Joined { instance, pidfd, record, kept }),
                     });
                 }
                 // It starts, or has just ended.
@@ -138,6 +152,9 @@ pub(super) fn choose(
             return Err(BrokerError::Refused(
                 "error: \"exec\" flag was passed to --container-name but the container is not running".into(),
             ));
+        }
+        if let Some(tree) = tree {
+            return Ok(Choice::Tree(tree));
         }
         match (kept, record) {
             (Some(kept), Some(record)) => {
@@ -219,6 +236,17 @@ pub(super) fn record(request: &StepRequest, image: &AcquiredImage) -> Option<Rec
         lower: Lower::Layers { reference, manifest: image.manifest, layers },
         config: image.config.clone(),
     })
+}
+
+/// What a container around the tree at `path` is made from.
+pub(super) fn record_of_tree(request: &StepRequest, path: PathBuf) -> Record {
+    Record {
+        uid: request.user.uid,
+        created: now(),
+        image: path.display().to_string(),
+        lower: Lower::Tree(path),
+        config: Vec::new(),
+    }
 }
 
 /// Waits until a container that is ending has ended.

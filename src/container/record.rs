@@ -10,6 +10,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
@@ -54,6 +55,9 @@ pub enum Lower {
         /// DiffIDs, lowest layer first.
         layers: Vec<Digest>,
     },
+    /// An unpacked tree of the user's, which is the whole root filesystem. Only of what runs: such a container is kept by
+    /// itself.
+    Tree(PathBuf),
 }
 
 impl Record {
@@ -61,6 +65,7 @@ impl Record {
     pub fn layers(&self) -> &[Digest] {
         match &self.lower {
             Lower::Layers { layers, .. } => layers,
+            Lower::Tree(_) => &[],
         }
     }
 
@@ -68,6 +73,7 @@ impl Record {
     pub fn source(&self) -> Option<String> {
         match &self.lower {
             Lower::Layers { reference, .. } => reference.as_ref().map(|reference| format!("docker://{reference}")),
+            Lower::Tree(_) => None,
         }
     }
 

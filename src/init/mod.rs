@@ -43,6 +43,7 @@ use crate::sys::process::{
 use crate::sys::{self, memfile};
 use crate::task::UserMessage;
 use crate::task::protocol::{Entrypoint, MAX_MEMORY_FILE};
+use crate::unpacked::furnishing;
 use entrypoint::Probe;
 use furnish::{Furnished, Furnisher, Outside};
 use protocol::{FromInit, ToInit};
@@ -193,13 +194,11 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     rustix::mount::mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
         .map_err(step("mount propagation"))?;
     let host = HostUser::look_up(&request.user, start.environment);
-    let overlay = receive_root(channel)?;
+    let root = receive_root(channel)?;
     let attached = overlay::attach_point(start.runtime);
-    if let Some(overlay) = &overlay {
+    if let Root::Mount(overlay) = &root {
         attach_at(overlay.as_fd(), &attached).map_err(step("attach the root filesystem"))?;
     }
-    let in_user_namespace = overlay.is_none();
-    drop(overlay);
     rustix::process::chdir(&attached).map_err(step("enter the root filesystem"))?;
 
     // From here on as the user, in namespaces of his own. To map root's uid, if he is root, takes one capability more
@@ -214,11 +213,13 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     die_with_parent(start.broker).map_err(step("container init"))?;
     channel.send(&FromInit::Started, &[]).map_err(|_| InitError::Abandoned)?;
 
-    let root = if in_user_namespace {
-        mount_over_fuse(start, channel, site.choices.remap_root)?
-    } else {
+    let (root, lock) = match root {
         // A locked mount cannot become the root; a bind of it on itself can.
-        clone_tree(CWD.as_fd(), Path::new("."), false).map_err(step("bind the root filesystem"))?
+        Root::Mount(_) => {
+            (clone_tree(CWD.as_fd(), Path::new("."), false).map_err(step("bind the root filesystem"))?, None)
+        }
+        Root::Squashfuse => (mount_over_fuse(start, channel, site.choices.remap_root)?, None),
+        Root::Tree(path) => bind_tree(&path)?,
     };
     attach_at(root.as_fd(), Path::new(".")).map_err(step("bind the root filesystem"))?;
     rustix::process::fchdir(&root).map_err(step("enter the root filesystem"))?;
@@ -230,6 +231,7 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     let proceed = receive_proceed(channel)?;
     furnisher.with_the_task(&proceed.environment, &mut &*channel)?;
     let Furnished { environment, hook_variables, root, log } = furnisher.finish(&login);
+    drop(lock);
     for line in log {
         let line = UserMessage::Log(format!("pyxis: {line}"));
         channel.send(&FromInit::Say(line), &[]).map_err(|_| InitError::Abandoned)?;
@@ -258,13 +260,33 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     Ok(Ready { workdir: plan::workdir(&image), environment, entrypoint, cgroup_namespace: None, hook_variables })
 }
 
-/// The root filesystem; `None` if it is to be made in the user's namespaces.
-fn receive_root(channel: &Channel<FromInit, ToInit>) -> Result<Option<OwnedFd>, InitError> {
+/// Where the root filesystem comes from.
+enum Root {
+    /// The broker has mounted it.
+    Mount(OwnedFd),
+    /// It is to be made in the user's namespaces, over a FUSE server.
+    Squashfuse,
+    /// It is a directory of the user's.
+    Tree(PathBuf),
+}
+
+fn receive_root(channel: &Channel<FromInit, ToInit>) -> Result<Root, InitError> {
     match channel.receive().map_err(step("broker"))? {
-        Some((ToInit::Root, mut descriptors)) => Ok(Some(descriptors.pop().ok_or(InitError::Abandoned)?)),
-        Some((ToInit::Squashfuse, _)) => Ok(None),
+        Some((ToInit::Root, mut descriptors)) => descriptors.pop().map(Root::Mount).ok_or(InitError::Abandoned),
+        Some((ToInit::Squashfuse, _)) => Ok(Root::Squashfuse),
+        Some((ToInit::Tree { path }, _)) => Ok(Root::Tree(path)),
         _ => Err(InitError::Abandoned),
     }
+}
+
+/// As the user, in his namespaces: he gets nothing that he does not have. With the lock that keeps others from furnishing
+/// it at the same time.
+fn bind_tree(path: &Path) -> Result<(OwnedFd, Option<OwnedFd>), InitError> {
+    let lock = furnishing::lock(path).map_err(|reason| InitError::Other(reason.into()))?;
+    let attributes = Attributes { set: libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV, ..Attributes::default() };
+    clone_tree(CWD.as_fd(), path, true)
+        .and_then(|tree| set_attributes(tree.as_fd(), &attributes).map(|()| (tree, lock)))
+        .map_err(|errno| InitError::Other(format!("cannot use {}: {}", path.display(), sys::reason(errno))))
 }
 
 fn mount_over_fuse(

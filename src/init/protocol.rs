@@ -5,6 +5,7 @@
 //! init   → Started                              in its user namespace
 //! broker → Root (+ detached overlay mount)      as soon as it exists: before Started
 //!          or Squashfuse, to which init answers with Squashfuse (+ /dev/fuse), after Started
+//!          or Tree
 //! broker → Proceed (as the leader sent it)
 //! init   → WantTaskCgroup                       if it starts programs on the host
 //! broker → InTaskCgroup
@@ -12,6 +13,8 @@
 //! ```
 //!
 //! An init that joins a running container says `Ready` at once, or `Gone`.
+
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +28,11 @@ pub enum ToInit {
     Root,
     /// Make the root filesystem yourself, over a FUSE server.
     Squashfuse,
+    /// The root filesystem is a directory of the user's.
+    Tree {
+        /// Where it is on the host.
+        path: PathBuf,
+    },
     /// The descriptors of [`ToBroker::Proceed`](crate::task::protocol::ToBroker::Proceed).
     Proceed {
         /// Whether the second descriptor is there.

@@ -7,6 +7,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod furnishing;
 pub mod squashfs;
 pub mod tree;
 

@@ -3,13 +3,14 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use testbed::proxy::Behaviour;
-use testbed::{Running, process, wait};
+use testbed::{Running, images, process, wait};
 
 use crate::Case;
 use crate::named::{end, new_name, option, sh, start};
@@ -25,6 +26,7 @@ pub const CASES: &[Case] = &[
     ("its_user_cannot_make_one_up", forged),
     ("it_ends_with_its_job_where_the_site_says_so", job_scope),
     ("a_directory_that_is_not_roots_is_refused", broken_path),
+    ("a_tree_that_enroot_made_is_a_container", tree_of_enroot),
 ];
 
 /// `/var/lib/pyxis/containers/UID` of user `index` on node1.
@@ -275,4 +277,36 @@ fn broken_path(world: &mut World) -> Result<()> {
     world.bed.pyxis.configure(&world.configuration())?;
     fs::remove_dir_all(&path)?;
     result.map(drop)
+}
+
+/// What a site has when it changes over, and what `pyxis create --name pyxis_NAME` makes.
+fn tree_of_enroot(world: &mut World) -> Result<()> {
+    let name = new_name();
+    let data = world.make_directory(0, ".local/share/enroot")?;
+    let tree = data.join(format!("pyxis_{name}"));
+    images::busybox_tree(&tree)?;
+    let owner = format!("{}:{}", world.user(0).uid, world.user(0).gid);
+    process::output_of(Command::new("chown").args(["-R", &owner]).arg(&tree))?;
+    let auto = option(&name, "");
+    world.refused(&["-w", "node1", &option(&name, ":create"), IMAGE], "the container already exists")?;
+    world.refused(&["-w", "node1", &option(&name, ":exec")], "the container is not running")?;
+    let written = sh(world, &[&auto, "--container-writable"], "echo x >/root/file; stat -c %u /bin/busybox; id -u")?;
+    let uid = world.user(0).uid;
+    assert_eq!((written.stdout, written.stderr.as_str()), (format!("{uid}\n{uid}\n"), ""));
+    assert_eq!(fs::read_to_string(tree.join("root/file"))?, "x\n");
+    // Its flags are the same as of any other.
+    let first = start(world, &[&auto, "--container-remap-root"], "mount -t tmpfs none /root; touch /root/first")?;
+    assert_eq!(
+        sh(world, &[&option(&name, ":exec")], "ls /root; touch /x 2>/dev/null || echo read-only")?.stdout,
+        "first\nread-only\n"
+    );
+    let second = sh(world, &[&option(&name, ":no_exec")], "ls /root")?;
+    ensure!(second.stdout.starts_with("file\n"), "{second}");
+    end(first)?;
+    // Others do not see it.
+    let output =
+        process::run(&mut world.bed.cluster.command(1, "srun", ["-w", "node1", &auto, "true"]), wait::DEADLINE)?;
+    ensure!(output.stderr.contains("does not exist"), "{output}");
+    fs::remove_dir_all(&tree)?;
+    world.refused(&["-w", "node1", &auto], "does not exist").map(drop)
 }

@@ -8,10 +8,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
 
-use rustix::fs::{CWD, FlockOperation, Mode, OFlags};
-use rustix::io::Errno;
+use rustix::fs::{CWD, Mode, OFlags};
 use rustix::process::Signal;
 
 use super::exec::{apply, execute};
@@ -28,12 +26,10 @@ use crate::sys::mount::clone_tree;
 use crate::sys::process::exit_now;
 use crate::sys::{self, memfile};
 use crate::task::fake_ownership;
+use crate::unpacked::furnishing;
 
 /// What runs scripts.
 const SHELL: &str = "/bin/sh";
-/// How long to wait for another start of the same root filesystem, and how often to look.
-const LOCK_TIME: Duration = Duration::from_secs(30);
-const LOCK_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Start a container and run a command in it.
 #[derive(Debug, clap::Args)]
@@ -232,7 +228,9 @@ enum Prepared {
 impl Prepared {
     fn new(target: &Target) -> Result<Self, Failure> {
         match target {
-            Target::Unpacked(path) => Ok(Self::Unpacked { path: path.clone(), _lock: lock(path)? }),
+            Target::Unpacked(path) => {
+                Ok(Self::Unpacked { path: path.clone(), _lock: furnishing::lock(path).map_err(Failure::line)? })
+            }
             Target::Image(path) => ImageServer::start(path).map(Self::Image),
         }
     }
@@ -244,28 +242,11 @@ impl Prepared {
                 let root = server.mount(alone)?;
                 // By which "list" knows that this is a container.
                 let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-                let _ = rustix::fs::openat(&root, ".lock", flags, Mode::RUSR | Mode::WUSR);
+                let _ = rustix::fs::openat(&root, furnishing::LOCK, flags, Mode::RUSR | Mode::WUSR);
                 Ok(root)
             }
             Self::Unpacked { path, .. } => clone_tree(CWD.as_fd(), path, false)
                 .map_err(|errno| Failure::line(format!("Failed to mount: {}: {}", path.display(), sys::reason(errno)))),
-        }
-    }
-}
-
-/// Waits until nobody else furnishes the root filesystem at `path`, and keeps others from it. None if it cannot be
-/// written: then there is nothing to keep them from.
-fn lock(path: &Path) -> Result<Option<OwnedFd>, Failure> {
-    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let Ok(file) = rustix::fs::open(path.join(".lock"), flags, Mode::RUSR | Mode::WUSR) else { return Ok(None) };
-    let began = Instant::now();
-    loop {
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Err(Errno::WOULDBLOCK) if began.elapsed() < LOCK_TIME => std::thread::sleep(LOCK_INTERVAL),
-            Err(Errno::WOULDBLOCK) => return Err(Failure::line("Could not acquire rootfs lock")),
-            // A file system without locks.
-            Err(_) => return Ok(None),
-            Ok(()) => return Ok(Some(file)),
         }
     }
 }
