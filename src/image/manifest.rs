@@ -22,6 +22,9 @@ const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+
 const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 
+const FOREIGN: [&str; 2] =
+    ["application/vnd.oci.image.layer.nondistributable.v1.tar", "application/vnd.docker.image.rootfs.foreign.diff.tar"];
+
 /// The `Accept` header for a manifest request.
 pub const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, \
      application/vnd.docker.distribution.manifest.list.v2+json, \
@@ -79,7 +82,9 @@ pub enum ManifestError {
     #[error("neither an image manifest nor an image index (media type \"{0}\")")]
     Unknown(String),
     /// An OCI artifact: a chart, a signature, a model.
-    #[error("not a container image but an artifact of type \"{0}\"")]
+    #[error(
+        "not a container image but an artifact of type \"{0}\" (a chart, a signature, a model …): nothing can run in it"
+    )]
     Artifact(String),
     /// A digest that is missing or of the wrong form.
     #[error("malformed manifest: {0}")]
@@ -152,6 +157,14 @@ struct Names {
     full: Option<String>,
 }
 
+impl Descriptor {
+    /// Whether it is a layer that registries need not have: whoever made it lets only himself hand it out (layer.md,
+    /// "Non-Distributable Layers").
+    pub fn is_foreign(&self) -> bool {
+        FOREIGN.iter().any(|prefix| self.media_type.starts_with(prefix))
+    }
+}
+
 impl TryFrom<RawDescriptor> for Descriptor {
     type Error = ManifestError;
 
@@ -181,12 +194,12 @@ impl Document {
         // A document that can be read as both would be one image to us and another to a scanner (CVE-2021-41190).
         match (media_type, raw.manifests, raw.config, raw.layers) {
             (OCI_MANIFEST | DOCKER_MANIFEST, None, Some(config), layers) => {
-                Manifest::new(config, layers.unwrap_or_default()).map(Document::Manifest)
+                Manifest::new(config, layers.unwrap_or_default(), raw.artifact_type.as_deref()).map(Document::Manifest)
             }
             (OCI_INDEX | DOCKER_LIST, Some(entries), None, None) => Ok(Document::Index(Index { entries })),
             // The media type is optional in OCI documents, and some registries send a generic header.
             (_, None, Some(config), Some(layers)) if raw.media_type.is_none() && raw.artifact_type.is_none() => {
-                Manifest::new(config, layers).map(Document::Manifest)
+                Manifest::new(config, layers, None).map(Document::Manifest)
             }
             (_, Some(entries), None, None) if raw.media_type.is_none() => Ok(Document::Index(Index { entries })),
             (media_type, ..) => Err(match raw.artifact_type {
@@ -198,11 +211,11 @@ impl Document {
 }
 
 impl Manifest {
-    fn new(config: RawDescriptor, layers: Vec<RawDescriptor>) -> Result<Self, ManifestError> {
+    fn new(config: RawDescriptor, layers: Vec<RawDescriptor>, artifact: Option<&str>) -> Result<Self, ManifestError> {
         const CONFIGS: [&str; 2] =
             ["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
         if !CONFIGS.contains(&&*config.media_type) {
-            return Err(ManifestError::Artifact(shown(&config.media_type)));
+            return Err(ManifestError::Artifact(shown(artifact.unwrap_or(&config.media_type))));
         }
         match layers.len() {
             0 => return Err(ManifestError::NoLayers),
@@ -308,9 +321,9 @@ fn is_image_document(media_type: &str) -> bool {
 
 /// Whether this is a tar archive, in any compression (which the blob's first bytes tell).
 fn is_layer(media_type: &str) -> bool {
-    let rest = ["application/vnd.oci.image.layer.v1.tar", "application/vnd.oci.image.layer.nondistributable.v1.tar"]
+    let rest = ["application/vnd.oci.image.layer.v1.tar", "application/vnd.docker.image.rootfs.diff.tar"]
         .into_iter()
-        .chain(["application/vnd.docker.image.rootfs.diff.tar", "application/vnd.docker.image.rootfs.foreign.diff.tar"])
+        .chain(FOREIGN)
         .find_map(|prefix| media_type.strip_prefix(prefix));
     matches!(rest, Some("" | "+gzip" | "+zstd" | ".gzip" | ".zstd"))
 }
@@ -408,6 +421,13 @@ mod tests {
                     value["artifactType"] = "application/vnd.example\n".into();
                 }),
                 r#"artifact of type "application/vnd.example\n""#,
+            ),
+            (
+                edited(|value| {
+                    value["artifactType"] = "application/vnd.example".into();
+                    value["config"]["mediaType"] = "application/vnd.oci.empty.v1+json".into();
+                }),
+                r#"artifact of type "application/vnd.example""#,
             ),
         ] {
             let error = parse(&value).unwrap_err().to_string();

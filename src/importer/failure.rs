@@ -48,7 +48,9 @@ impl From<RegistryError> for Failure {
 fn kind(error: &RegistryError) -> FailureKind {
     use RegistryError as Error;
     match error {
-        Error::ImageNotFound { .. } | Error::BlobNotFound { .. } | Error::Reference(_) => FailureKind::NotFound,
+        Error::ImageNotFound { .. } | Error::BlobNotFound { .. } | Error::ForeignLayer { .. } | Error::Reference(_) => {
+            FailureKind::NotFound
+        }
         Error::Manifest { source, .. } => match source {
             crate::image::manifest::ManifestError::NoPlatform { .. } => FailureKind::NotFound,
             _ => FailureKind::BadImage,

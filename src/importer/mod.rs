@@ -151,7 +151,7 @@ struct Image {
 
 /// Where its layers come from.
 enum Origin {
-    Registry(Box<Client>),
+    Registry(Arc<Client>),
     Local(LocalImage),
 }
 
@@ -201,7 +201,7 @@ fn find(start: Start, channel: &BrokerChannel) -> Result<Image, Failure> {
                 layers: layers.clone(),
                 warnings: found.warnings,
             };
-            (Image::new(Origin::Registry(Box::new(found.client)), layers, &limits), report, found.config_bytes)
+            (Image::new(Origin::Registry(Arc::new(found.client)), layers, &limits), report, found.config_bytes)
         }
         Command::Open { form, wanted, name, shown, limits } => {
             let source = descriptors.next().ok_or_else(|| Failure::local("the broker sent no image"))?;
@@ -337,7 +337,7 @@ fn fetch(image: &Image, layer: usize, out: &File, channel: &BrokerChannel) -> Re
     let summary = match &image.origin {
         Origin::Registry(client) => {
             let blob = Descriptor { media_type: String::new(), digest: descriptor.blob, size: descriptor.size };
-            layer::import(client.blob(&blob), descriptor, out, &image.limits, progress)
+            layer::import(Arc::clone(client).blob_stream(&blob), descriptor, out, &image.limits, progress)
         }
         Origin::Local(local) => {
             let blob = local.blob(layer).map_err(|failure| failure.about(&about))?;

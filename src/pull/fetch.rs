@@ -33,7 +33,7 @@ pub struct Fetch {
 type Arrival = Sender<Result<File, PullError>>;
 
 struct Shared {
-    client: Client,
+    client: Arc<Client>,
     cache: Cache,
     wanted: Mutex<Vec<(LayerDescriptor, Arrival)>>,
     next: AtomicUsize,
@@ -58,7 +58,8 @@ impl Fetch {
             });
         }
         let threads = connections.clamp(1, wanted.len().max(1));
-        let shared = Arc::new(Shared { client, cache, wanted: Mutex::new(wanted), next: AtomicUsize::new(0) });
+        let shared =
+            Arc::new(Shared { client: Arc::new(client), cache, wanted: Mutex::new(wanted), next: AtomicUsize::new(0) });
         for _ in 0..threads {
             let shared = Arc::clone(&shared);
             thread::Builder::new().name("fetch".into()).spawn(move || shared.work()).map_err(PullError::Thread)?;
@@ -115,7 +116,7 @@ impl Shared {
         let write_error = |error| PullError::Cache(new.failed("write", error).into());
         let mut file = new.file().map_err(write_error)?;
         let descriptor = Descriptor { media_type: String::new(), digest: layer.blob, size: layer.size };
-        let mut blob = self.client.blob(&descriptor);
+        let mut blob = Arc::clone(&self.client).blob_stream(&descriptor);
         let mut hash = Sha256::new();
         let mut buffer = vec![0; BUFFER];
         loop {

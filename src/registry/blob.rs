@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 use std::io::{self, Read};
+use std::ops::{Deref, Range};
 use std::time::{Duration, Instant};
 
 use ureq::BodyReader;
@@ -20,14 +21,16 @@ use crate::image::manifest::Descriptor;
 /// A try that brings this much counts as progress: the number of failed tries starts again from none.
 const PROGRESS: u64 = 256 * 1024;
 
-/// Reads a blob. Ends after exactly as many bytes as the descriptor says, and fails if the registry has fewer or more.
-/// Errors are [`RegistryError`]s inside [`io::Error`].
+/// Reads a blob, or a part of it. Ends after exactly as many bytes as the descriptor says, and fails if the registry has
+/// fewer or more. Errors are [`RegistryError`]s inside [`io::Error`].
 #[derive(Debug)]
-pub struct BlobReader<'a> {
-    client: &'a Client,
+pub struct BlobReader<C> {
+    client: C,
     digest: Digest,
     size: u64,
     position: u64,
+    /// Where to stop: `size`, except for a part.
+    end: u64,
     body: Option<Source>,
     backoff: Backoff,
     /// Where the present run of tries began to count.
@@ -49,17 +52,24 @@ impl std::fmt::Debug for Source {
     }
 }
 
-impl<'a> BlobReader<'a> {
-    pub(super) fn new(client: &'a Client, descriptor: &Descriptor) -> Self {
+impl<C: Deref<Target = Client>> BlobReader<C> {
+    /// Reads the bytes `range` of a blob. If they are not its last ones, a server without ranges is an error.
+    pub(super) fn new(client: C, descriptor: &Descriptor, range: Range<u64>) -> Self {
+        let backoff = client.backoff();
         Self {
             client,
             digest: descriptor.digest,
             size: descriptor.size,
-            position: 0,
+            position: range.start,
+            end: range.end.min(descriptor.size),
             body: None,
-            backoff: client.backoff(),
-            counted_from: 0,
+            backoff,
+            counted_from: range.start,
         }
+    }
+
+    fn is_part(&self) -> bool {
+        self.end < self.size
     }
 
     fn what(&self) -> String {
@@ -69,8 +79,10 @@ impl<'a> BlobReader<'a> {
     /// Asks for the blob from the present position on.
     fn open(&mut self) -> Result<Source, RegistryError> {
         let mut ask = self.client.blob_ask(Method::GET, &self.digest)?;
-        if self.position > 0 {
-            let range = HeaderValue::from_str(&format!("bytes={}-", self.position));
+        if self.position > 0 || self.is_part() {
+            // Both ends are in the range.
+            let last = if self.is_part() { (self.end - 1).to_string() } else { String::new() };
+            let range = HeaderValue::from_str(&format!("bytes={}-{last}", self.position));
             ask.headers.insert(RANGE, range.map_err(|_| self.wrong_answer("a bad range"))?);
         }
         let answer = self.client.send(&ask, &mut self.backoff).map_err(|error| match error {
@@ -84,6 +96,9 @@ impl<'a> BlobReader<'a> {
             error => error,
         })?;
         let skip = self.bytes_before(&answer)?;
+        if self.is_part() && answer.response.status() != StatusCode::PARTIAL_CONTENT {
+            return Err(self.wrong_answer("the whole blob instead of the range asked for"));
+        }
         let Answer { response, host, .. } = answer;
         let mut source = Source { body: response.into_body().into_reader(), host, bytes: 0, waited: Duration::ZERO };
         // A server without ranges sends everything again.
@@ -154,6 +169,13 @@ impl<'a> BlobReader<'a> {
     }
 
     fn read_some(&mut self, buffer: &mut [u8]) -> Result<usize, RegistryError> {
+        if self.is_part() && self.position == self.end {
+            // The end of the answer: the connection can be used again.
+            if let Some(mut source) = self.body.take() {
+                let _ = source.body.read(&mut [0]);
+            }
+            return Ok(0);
+        }
         loop {
             let source = match &mut self.body {
                 Some(source) => source,
@@ -163,8 +185,9 @@ impl<'a> BlobReader<'a> {
                 }
             };
             // One byte more than there may be, to see that the blob ends where it should.
-            let left = self.size - self.position;
-            let most = usize::try_from(left.saturating_add(1)).unwrap_or(usize::MAX).min(buffer.len());
+            let left = self.end - self.position;
+            let wanted = if self.end < self.size { left } else { left.saturating_add(1) };
+            let most = usize::try_from(wanted).unwrap_or(usize::MAX).min(buffer.len());
             let mut probe = [0];
             let target = if left == 0 { &mut probe[..] } else { &mut buffer[..most] };
             let began = Instant::now();
@@ -178,7 +201,7 @@ impl<'a> BlobReader<'a> {
                 }
                 Ok(count) => {
                     self.position += count as u64;
-                    if !source.is_too_slow(count, began.elapsed(), self.client) {
+                    if !source.is_too_slow(count, began.elapsed(), &self.client) {
                         return Ok(count);
                     }
                     // What came is good all the same; the next read opens a new connection.
@@ -218,7 +241,7 @@ impl Source {
     }
 }
 
-impl Read for BlobReader<'_> {
+impl<C: Deref<Target = Client>> Read for BlobReader<C> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if buffer.is_empty() {
             return Ok(0);

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::io::{self, Read};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use serde::Deserialize;
@@ -18,6 +19,8 @@ use super::error::{RegistryError, TransportError};
 use super::http::{self, Answer, Http, Redirects};
 use super::retry::Backoff;
 use super::sha256;
+use super::stream::BlobStream;
+use super::team::Extra;
 use crate::image::digest::Digest;
 use crate::image::manifest::{self, Descriptor, MAX_MANIFEST_BYTES};
 
@@ -33,6 +36,7 @@ pub struct Client {
     endpoint: Endpoint,
     auth: Authenticator,
     network: NetworkConfig,
+    extra: Extra,
 }
 
 /// What to ask for.
@@ -61,7 +65,7 @@ impl Client {
     /// A client that presents to `endpoint` what `credentials` hold for it, of `user` if one is named.
     pub fn new(endpoint: Endpoint, network: NetworkConfig, credentials: CredentialSet, user: Option<String>) -> Self {
         let auth = Authenticator::new(endpoint.clone(), credentials, user);
-        Self { http: Http::new(network), endpoint, auth, network }
+        Self { http: Http::new(network), endpoint, auth, network, extra: Extra::default() }
     }
 
     /// Where this client asks.
@@ -114,8 +118,18 @@ impl Client {
     }
 
     /// A reader of a blob's bytes: exactly as many as the descriptor says, not checked against its digest.
-    pub fn blob(&self, descriptor: &Descriptor) -> BlobReader<'_> {
-        BlobReader::new(self, descriptor)
+    pub fn blob(&self, descriptor: &Descriptor) -> BlobReader<&Self> {
+        BlobReader::new(self, descriptor, 0..descriptor.size)
+    }
+
+    /// The same bytes, over several connections where that pays.
+    pub fn blob_stream(self: Arc<Self>, descriptor: &Descriptor) -> BlobStream {
+        BlobStream::new(self, descriptor)
+    }
+
+    /// What several connections for one blob have brought so far.
+    pub(super) fn extra_connections(&self) -> &Extra {
+        &self.extra
     }
 
     /// Whether the registry would let us have this blob.

@@ -65,11 +65,13 @@ pub struct NetworkConfig {
     pub min_rate: u32,
     /// Tries of a request before the import fails; for a blob, tries in a row that bring nothing.
     pub attempts: u32,
+    /// Most connections for one blob, where the registry is slower on each than this machine; 1 is one.
+    pub blob_connections: u32,
 }
 
 impl Default for NetworkConfig {
     fn default() -> Self {
-        Self { connect_timeout: 10, stall_timeout: 30, min_rate: 1024, attempts: 5 }
+        Self { connect_timeout: 10, stall_timeout: 30, min_rate: 1024, attempts: 5, blob_connections: 4 }
     }
 }
 
@@ -128,6 +130,7 @@ impl RegistryConfig {
             ("connect_timeout", network.connect_timeout),
             ("stall_timeout", network.stall_timeout),
             ("attempts", network.attempts),
+            ("blob_connections", network.blob_connections),
         ] {
             if value == 0 {
                 return Err(InvalidRegistry::Zero(name));

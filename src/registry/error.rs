@@ -42,6 +42,19 @@ pub enum RegistryError {
         /// The blob.
         digest: Digest,
     },
+    /// A layer that only whoever made it hands out.
+    #[error(
+        "{host} does not have the non-distributable layer {digest} of {repository}: push the image again with all its \
+         layers (docker: allow-nondistributable-artifacts)"
+    )]
+    ForeignLayer {
+        /// Who was asked.
+        host: String,
+        /// Repository there.
+        repository: String,
+        /// The layer's blob.
+        digest: Digest,
+    },
     /// 401 or 403, and nothing to present.
     #[error(
         "{host} requires credentials for {repository}, or has no such repository: no credentials found for it; \

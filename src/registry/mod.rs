@@ -13,6 +13,8 @@ pub mod error;
 mod http;
 pub mod resolve;
 mod retry;
+pub mod stream;
+mod team;
 
 use sha2::{Digest as _, Sha256};
 

@@ -88,6 +88,13 @@ fn resolve_at(client: Client, reference: &ImageReference, platform: &Platform) -
             diff_ids: config.diff_ids.len(),
         });
     }
+    // Hours later would be a bad time to learn it.
+    for layer in manifest.layers.iter().filter(|layer| layer.is_foreign()) {
+        if !client.may_have(&layer.digest)? {
+            let Endpoint { host, repository, .. } = client.endpoint().clone();
+            return Err(RegistryError::ForeignLayer { host, repository, digest: layer.digest });
+        }
+    }
     let shown = |text: &str| text.chars().take(32).flat_map(char::escape_debug).collect::<String>();
     if !config.os.is_empty() && config.os != platform.os {
         return Err(RegistryError::OperatingSystem { image, os: shown(&config.os), host: platform.clone() });

@@ -46,7 +46,13 @@ impl Import {
     /// `IMAGE` from the registries at `hosts`, which speak plain HTTP: the first is asked, the others may be named.
     pub fn new(image: &str, hosts: &[&str]) -> Self {
         let mut registries = RegistryConfig {
-            network: NetworkConfig { connect_timeout: 5, stall_timeout: 1, min_rate: 1, attempts: 3 },
+            network: NetworkConfig {
+                connect_timeout: 5,
+                stall_timeout: 1,
+                min_rate: 1,
+                attempts: 3,
+                blob_connections: 4,
+            },
             ..RegistryConfig::default()
         };
         for host in hosts {

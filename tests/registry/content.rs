@@ -136,12 +136,13 @@ impl Content {
     }
 }
 
-/// The answer to a request for `bytes`, or for the end of them.
+/// The answer to a request for `bytes`, or for a part of them.
 pub fn ranged(bytes: &[u8], request: &Request) -> Reply {
-    match request.range_start() {
-        Some(start) if start < bytes.len() => {
-            let range = format!("bytes {start}-{}/{}", bytes.len() - 1, bytes.len());
-            Reply::status(206).header("Content-Range", range).body(&bytes[start..])
+    match request.range() {
+        Some((start, last)) if start < bytes.len() => {
+            let end = last.map_or(bytes.len(), |last| bytes.len().min(last + 1));
+            let range = format!("bytes {start}-{}/{}", end - 1, bytes.len());
+            Reply::status(206).header("Content-Range", range).body(&bytes[start..end])
         }
         Some(_) => Reply::status(416),
         None => Reply::ok(bytes),

@@ -1,8 +1,8 @@
 //! Networks and registries in trouble.
 
 use std::net::{Ipv4Addr, TcpListener};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use spank_pyxis::importer::protocol::{Command, FailureKind};
 use std::os::fd::AsFd;
@@ -14,7 +14,7 @@ use crate::server::{Delivery, Reply, Request, Server};
 /// A registry of `content` that answers as `fault` says, and properly where that says nothing. `fault` gets the number
 /// of the request among those for its path.
 fn faulty(content: Content, fault: impl Fn(&Request, usize) -> Option<Reply> + Send + Sync + 'static) -> Server {
-    let seen = std::sync::Mutex::new(std::collections::BTreeMap::<String, usize>::new());
+    let seen = Mutex::new(std::collections::BTreeMap::<String, usize>::new());
     Server::start(move |request| {
         let number = {
             let mut seen = seen.lock().unwrap();
@@ -71,7 +71,7 @@ fn a_broken_download_goes_on_where_it_stopped() {
             return None;
         }
         // Every connection is cut after a megabyte.
-        let rest = bytes.len() - request.range_start().unwrap_or(0);
+        let rest = bytes.len() - request.range().map_or(0, |(start, _)| start);
         counter.fetch_add(rest.min(1_000_000), Ordering::SeqCst);
         Some(ranged(&bytes, request).delivery(Delivery::Cut(1_000_000)))
     });
@@ -103,6 +103,73 @@ fn a_stalled_download_is_taken_up_again() {
     });
     Import::new("some/image", &[&registry.host()]).run().unwrap();
     assert_eq!(registry.count("blobs"), 3);
+}
+
+/// First and last byte of a range.
+type Part = (usize, Option<usize>);
+
+/// A registry that sends `bytes` each twentieth of a second over each connection, and the parts that were asked for.
+fn slow(content: &Content, bytes: usize, ranges: bool) -> (Server, Arc<Mutex<Vec<Part>>>) {
+    let (content, layer) = (content.clone(), content.layer(0));
+    let blob = content.clone().blob(&layer).clone();
+    let parts = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&parts);
+    let server = faulty(content, move |request, _| {
+        if !request.path.ends_with(&layer) {
+            return None;
+        }
+        seen.lock().unwrap().extend(request.range());
+        let reply = if ranges { ranged(&blob, request) } else { Reply::ok(&*blob) };
+        Some(reply.delivery(Delivery::Slow(bytes)))
+    });
+    (server, parts)
+}
+
+#[test]
+fn a_slow_registry_is_asked_over_several_connections() {
+    // Six times as long as it takes to notice, at 2 MB/s.
+    let content = Content::simple(18_000_000);
+    let (server, parts) = slow(&content, 100_000, true);
+    Import::new("some/image", &[&server.host()]).run().unwrap();
+    let parts = parts.lock().unwrap().clone();
+    let bounded: Vec<_> = parts.iter().filter_map(|(start, last)| Some((*start, (*last)?))).collect();
+    assert!(bounded.len() >= 3, "{parts:?}");
+    // Nothing is asked for twice.
+    let mut sorted = bounded.clone();
+    sorted.sort_unstable();
+    assert!(sorted.windows(2).all(|pair| pair[0].1 < pair[1].0), "{parts:?}");
+
+    // One connection is all that the administrator wants.
+    let (server, parts) = slow(&content, 300_000, true);
+    let mut import = Import::new("some/image", &[&server.host()]);
+    import.registries.network.blob_connections = 1;
+    import.run().unwrap();
+    assert!(parts.lock().unwrap().is_empty());
+}
+
+#[test]
+fn a_slow_server_without_ranges_is_read_on() {
+    let content = Content::simple(12_000_000);
+    let (server, parts) = slow(&content, 100_000, false);
+    Import::new("some/image", &[&server.host()]).run().unwrap();
+    assert!(!parts.lock().unwrap().is_empty());
+}
+
+#[test]
+fn a_registry_that_wants_one_connection_gets_one() {
+    let content = Content::simple(12_000_000);
+    let layer = content.layer(0);
+    let blob = content.clone().blob(&layer).clone();
+    let registry = faulty(content, move |request, _| {
+        if !request.path.ends_with(&layer) {
+            return None;
+        }
+        Some(match request.range() {
+            Some((_, Some(_))) => Reply::status(429).header("Retry-After", "3600"),
+            _ => ranged(&blob, request).delivery(Delivery::Slow(100_000)),
+        })
+    });
+    Import::new("some/image", &[&registry.host()]).run().unwrap();
 }
 
 #[test]

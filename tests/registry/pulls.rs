@@ -209,6 +209,27 @@ fn bad_manifests_are_named() {
 }
 
 #[test]
+fn a_layer_that_is_not_handed_out_is_used_if_it_is_there() {
+    const FOREIGN: &str = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip";
+    let mut content = Content::simple(1000);
+    let mut manifest = content.manifest("latest");
+    manifest["layers"][0]["mediaType"] = FOREIGN.into();
+    manifest["layers"][0]["urls"] = json!(["https://elsewhere.example/layer"]);
+    content.replace_manifest("latest", manifest.to_string());
+    import(&content).run().unwrap();
+
+    let digest = format!("sha256:{}", "0".repeat(64));
+    manifest["layers"][0]["digest"] = digest.clone().into();
+    content.replace_manifest("latest", manifest.to_string());
+    let (kind, message) = import(&content).fail();
+    assert_eq!(kind, FailureKind::NotFound);
+    assert!(
+        message.contains(&format!("does not have the non-distributable layer {digest} of some/image")),
+        "{message}"
+    );
+}
+
+#[test]
 fn an_index_that_never_ends_is_refused() {
     // Four indexes deep.
     let mut content = Content::simple(10);

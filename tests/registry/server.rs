@@ -25,9 +25,11 @@ impl Request {
         self.headers.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
     }
 
-    /// First byte of a `Range` request.
-    pub fn range_start(&self) -> Option<usize> {
-        self.header("range")?.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok()
+    /// First and, if it is named, last byte of a `Range` request.
+    pub fn range(&self) -> Option<(usize, Option<usize>)> {
+        let (start, last) = self.header("range")?.strip_prefix("bytes=")?.split_once('-')?;
+        let last = if last.is_empty() { None } else { Some(last.parse().ok()?) };
+        Some((start.parse().ok()?, last))
     }
 }
 
@@ -40,6 +42,8 @@ pub enum Delivery {
     Cut(usize),
     /// This many bytes, then nothing more until the client gives up.
     Stall(usize),
+    /// All of it, this many bytes each twentieth of a second.
+    Slow(usize),
 }
 
 /// An answer.
@@ -176,6 +180,13 @@ fn send(mut stream: &TcpStream, request: &Request, reply: &Reply) -> Option<()> 
     }
     match reply.delivery {
         Delivery::Whole => stream.write_all(&reply.body).ok(),
+        Delivery::Slow(bytes) => {
+            for piece in reply.body.chunks(bytes) {
+                stream.write_all(piece).ok()?;
+                std::thread::sleep(std::time::Duration::from_millis(50));
+            }
+            Some(())
+        }
         Delivery::Cut(bytes) => {
             stream.write_all(&reply.body[..bytes.min(reply.body.len())]).ok()?;
             None
