@@ -187,11 +187,13 @@ impl Default for EnrootSettings {
 pub struct HookSettings {
     /// `timeout_seconds`: how long each hook may take.
     pub timeout_seconds: u32,
+    /// `slurm_pytorch`: what enroot's extra hook `50-slurm-pytorch.sh` does, also where that file is not in `hooks.d`.
+    pub slurm_pytorch: bool,
 }
 
 impl Default for HookSettings {
     fn default() -> Self {
-        Self { timeout_seconds: 60 }
+        Self { timeout_seconds: 60, slurm_pytorch: false }
     }
 }
 

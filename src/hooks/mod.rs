@@ -4,7 +4,9 @@
 //!
 //! What enroot's own hooks do is built in; files of their names are left alone.
 
+mod hostlist;
 pub mod mount;
+pub mod pytorch;
 mod runner;
 pub mod workspace;
 
@@ -42,6 +44,8 @@ pub struct Hooks {
     pub programs: Vec<PathBuf>,
     /// One line for each file that is not run.
     pub skipped: Vec<String>,
+    /// Names of the built-in ones that would be run: enroot's extras do nothing unless an administrator puts them there.
+    pub built_in: Vec<&'static str>,
 }
 
 /// Finds the hooks below `system`, then those below `user`. Called as the user.
@@ -61,10 +65,12 @@ pub fn find(system: &Path, user: &Path) -> io::Result<Hooks> {
             Ok(files) => files,
         };
         for path in files {
-            if path.file_name().is_some_and(|name| BUILT_IN.iter().any(|own| name == *own)) {
-                hooks.skipped.push(format!("{}: built in: not run", path.display()));
-            } else if !path.is_file() || rustix::fs::access(&path, Access::EXEC_OK).is_err() {
+            let built_in = BUILT_IN.into_iter().find(|own| path.file_name().is_some_and(|name| name == *own));
+            if !path.is_file() || rustix::fs::access(&path, Access::EXEC_OK).is_err() {
                 hooks.skipped.push(format!("{}: not executable: not run", path.display()));
+            } else if let Some(name) = built_in {
+                hooks.skipped.push(format!("{}: built in: not run", path.display()));
+                hooks.built_in.push(name);
             } else {
                 hooks.programs.push(path);
             }
@@ -90,6 +96,7 @@ mod tests {
             (&system, "05-a.sh", 0o755),
             (&system, "30-off.sh", 0o644),
             (&system, "98-nvidia.sh", 0o755),
+            (&system, "50-slurm-pytorch.sh", 0o644),
             (&system, "README", 0o755),
             (&user, "01-mine.sh", 0o700),
         ] {
@@ -101,6 +108,7 @@ mod tests {
         let hooks = find(&system, &user).unwrap();
         let names: Vec<_> = hooks.programs.iter().map(|path| path.file_name().unwrap().to_str().unwrap()).collect();
         assert_eq!(names, ["05-a.sh", "20-b.sh", "01-mine.sh"]);
-        assert_eq!(hooks.skipped.len(), 3, "{:?}", hooks.skipped);
+        assert_eq!(hooks.skipped.len(), 4, "{:?}", hooks.skipped);
+        assert_eq!(hooks.built_in, ["98-nvidia.sh"]);
     }
 }

@@ -1,8 +1,9 @@
 //! A second container init: for a step that joins a container which runs already (behaviour reference, section 6.4).
 //!
 //! It moves into the container's namespaces and changes nothing there: no mount, no file, no hook. Environment and working
-//! directory are computed from the image, and prepared by its entrypoint if that is asked for, as for the first step. Then it pauses like any container init, and so the
-//! namespaces outlive the step that made them for as long as this step's tasks may join.
+//! directory are computed from the image, and prepared by its entrypoint if that is asked for, as for the first step. Then
+//! it pauses like any container init, and so the namespaces outlive the step that made them for as long as this step's
+//! tasks may join.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -17,6 +18,7 @@ use super::protocol::{FromInit, ToInit};
 use super::site::Site;
 use super::{InitError, Ready, Start, begin, hook_variables, stay, step};
 use crate::container::running::Instance;
+use crate::hooks;
 use crate::image::config::ImageConfig;
 use crate::mounts::rootdir::RootDir;
 use crate::namespaces::running::enter_all;
@@ -45,17 +47,18 @@ pub fn run(attach: &Attach<'_>, channel: Channel<FromInit, ToInit>, life: &Owned
 
 fn join(attach: &Attach<'_>) -> Result<Ready, InitError> {
     let Attach { start, instance, pidfd } = attach;
-    let Start { request, environment, broker, .. } = **start;
+    let Start { request, environment: job, broker, .. } = **start;
     die_with_parent(broker).map_err(step("container init"))?;
-    let host = HostUser::look_up(&request.user, environment);
+    let host = HostUser::look_up(&request.user, job);
     become_user_keeping(&request.user, CapabilitySet::SYS_ADMIN).map_err(step("become the job's user"))?;
     // Its step may be over although it still runs: what this step asks for is another container then.
     if instance.is_ending() {
         return Err(InitError::Gone);
     }
     let site = Site::load(start, &host)?;
-    let variables = site.hook_environment(start, environment, "/");
+    let variables = site.hook_environment(start, job, "/");
     let from_host = FromHost::read(start, &site, variables)?;
+    let hooks = hooks::find(start.sysconf, &site.user_directory).map_err(step("hooks.d"))?;
     let hook_variables = hook_variables::of(instance.pid());
     let mut choices = site.choices;
     let namespaces = match enter_all(instance.pid(), pidfd.as_fd()) {
@@ -74,8 +77,11 @@ fn join(attach: &Attach<'_>) -> Result<Ready, InitError> {
     let root = RootDir::new(root.as_fd());
     let login =
         identity::look_up_inside(root, &request.user, &host, choices.remap_root).map_err(step("/etc/passwd"))?;
-    let plan = Plan::new(request, environment, &image, &host, choices).map_err(|error| other(&error))?;
-    let mut environment = from_host.with_image(start, &image, root, &plan, environment)?;
+    let plan = Plan::new(request, job, &image, &host, choices).map_err(|error| other(&error))?;
+    let mut environment = from_host.with_image(start, &image, root, &plan, job)?;
+    if hooks::pytorch::is_asked(start.hooks, &hooks) {
+        hooks::pytorch::complete(&mut environment, job);
+    }
     for (name, value) in hook_variables.iter() {
         environment.set(name, value);
     }

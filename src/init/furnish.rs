@@ -158,6 +158,9 @@ impl<'a> Furnisher<'a> {
         self.environment = from_host.with_image(self.start, self.image, self.root(), &self.plan, task)?;
         self.log.extend(from_host.log);
         let mut hooks = hooks::find(self.start.sysconf, &self.site.user_directory).map_err(other)?;
+        if hooks::pytorch::is_asked(self.start.hooks, &hooks) {
+            hooks::pytorch::complete(&mut self.environment, task);
+        }
         self.log.extend(hooks.skipped);
         hooks.programs.append(&mut self.more_hooks);
         if !hooks.programs.is_empty() {

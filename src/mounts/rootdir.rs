@@ -142,6 +142,15 @@ impl<'a> RootDir<'a> {
         File::from(file).write_all(content)
     }
 
+    /// The same, but an image that has something there which is no file, a directory or a link that goes in circles, keeps
+    /// it: what looks for the file will say so.
+    pub fn write_where_possible(&self, path: &str, content: &[u8], mode: u32) -> io::Result<()> {
+        match self.write(path, content, mode) {
+            Err(error) if Errno::from_io_error(&error).is_some_and(is_no_place_for_a_file) => Ok(()),
+            other => other,
+        }
+    }
+
     /// Whether `path` is a regular file that somebody may execute.
     pub fn is_executable(&self, path: &str) -> bool {
         self.open(Path::new(path), OFlags::PATH, Mode::empty())
@@ -157,6 +166,12 @@ impl<'a> RootDir<'a> {
         self.ensure_directory(path, PARENT)?;
         self.open(path, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())
     }
+}
+
+/// Whether a file cannot be made because of what the image has in its place.
+fn is_no_place_for_a_file(errno: Errno) -> bool {
+    // NXIO: a fifo or a socket.
+    matches!(errno, Errno::ISDIR | Errno::NOTDIR | Errno::LOOP | Errno::EXIST | Errno::NXIO)
 }
 
 /// Whether `path`, read as text, leaves the directory it is relative to.
@@ -220,6 +235,19 @@ mod tests {
                 assert_eq!(error, Errno::XDEV, "{path}");
             }
             root.mount_point(Path::new("/a/../b"), Create::Directory).unwrap_err();
+        });
+    }
+
+    #[test]
+    fn what_is_no_file_is_left_alone() {
+        with_root(|path, root| {
+            std::fs::create_dir(path.join("directory")).unwrap();
+            symlink("circle", path.join("circle")).unwrap();
+            for name in ["/directory", "/circle", "/directory/../circle/x"] {
+                assert!(root.write(name, b"x", 0o644).is_err(), "{name}");
+                root.write_where_possible(name, b"x", 0o644).unwrap();
+            }
+            assert!(path.join("directory").is_dir());
         });
     }
 

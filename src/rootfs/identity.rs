@@ -81,12 +81,13 @@ pub struct Login {
 
 /// Rewrites both files, makes the home directory, and says who the user is inside.
 pub fn write(root: RootDir<'_>, user: &User, host: &HostUser, remap_root: bool) -> io::Result<Login> {
-    let passwd = root.read("/etc/passwd", MAX_FILE)?.unwrap_or_default();
-    let group = root.read("/etc/group", MAX_FILE)?.unwrap_or_default();
+    let passwd = read(root, "/etc/passwd")?;
+    let group = read(root, "/etc/group")?;
     let shell = if root.is_executable(&host.shell) { &host.shell } else { SHELL };
     let (passwd, login) = passwd_file(&String::from_utf8_lossy(&passwd), user, host, shell, remap_root);
-    root.write("/etc/passwd", passwd.as_bytes(), 0o644)?;
-    root.write("/etc/group", group_file(&String::from_utf8_lossy(&group), user, host).as_bytes(), 0o644)?;
+    root.write_where_possible("/etc/passwd", passwd.as_bytes(), 0o644)?;
+    let group = group_file(&String::from_utf8_lossy(&group), user, host);
+    root.write_where_possible("/etc/group", group.as_bytes(), 0o644)?;
     let home = Path::new(&login.home);
     if home.is_absolute() && root.open(home, OFlags::PATH, Mode::empty()).is_err_and(|errno| errno == Errno::NOENT) {
         // An image may have a file on the way: a program that needs the directory will say so.
@@ -95,9 +96,17 @@ pub fn write(root: RootDir<'_>, user: &User, host: &HostUser, remap_root: bool) 
     Ok(login)
 }
 
+/// A file of the image's; nothing if it has none, or a link that goes in circles.
+fn read(root: RootDir<'_>, path: &str) -> io::Result<Vec<u8>> {
+    match root.read(path, MAX_FILE) {
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::LOOP) => Ok(Vec::new()),
+        other => Ok(other?.unwrap_or_default()),
+    }
+}
+
 /// Who the user is inside a container that runs already: nothing is written.
 pub fn look_up_inside(root: RootDir<'_>, user: &User, host: &HostUser, remap_root: bool) -> io::Result<Login> {
-    let passwd = root.read("/etc/passwd", MAX_FILE)?.unwrap_or_default();
+    let passwd = read(root, "/etc/passwd")?;
     let shell = if root.is_executable(&host.shell) { &host.shell } else { SHELL };
     Ok(passwd_file(&String::from_utf8_lossy(&passwd), user, host, shell, remap_root).1)
 }

@@ -6,6 +6,7 @@ use testbed::image::{Compression, ImageBuilder};
 use testbed::{images, process, wait};
 
 use crate::Case;
+use crate::named;
 use crate::world::{World, sorted};
 
 pub const CASES: &[Case] = &[
@@ -17,6 +18,7 @@ pub const CASES: &[Case] = &[
     ("locale_is_dropped_unless_named", locale),
     ("slurm_variables_are_each_tasks_own", slurm_variables),
     ("pytorch_gets_its_ranks", pytorch),
+    ("pytorch_learns_about_the_job", pytorch_job),
     ("workdir_and_volumes_of_the_image", workdir_and_volumes),
 ];
 
@@ -103,6 +105,53 @@ fn pytorch(world: &mut World) -> Result<()> {
     let seen = run(world, &[], &["-N2", "-n4", "--ntasks-per-node=2"], "echo $RANK $LOCAL_RANK")?;
     assert_eq!(sorted(&seen), ["0 0", "1 1", "2 0", "3 1"]);
     Ok(())
+}
+
+/// Where the administrator asks for it: by an option, or by the file that enroot's hook of that name is.
+fn pytorch_job(world: &mut World) -> Result<()> {
+    let script = "echo \"$MASTER_ADDR|$MASTER_PORT|$WORLD_SIZE|$OMP_NUM_THREADS|$((61000 + SLURM_JOB_ID % 4536))\"";
+    let two_nodes = ["-N2", "-n4", "--ntasks-per-node=2"];
+    // Not what the machine has on which `srun` was called.
+    let host = [("MASTER_ADDR", "elsewhere"), ("MASTER_PORT", "1")];
+    assert_eq!(run(world, &host, &["-N1"], script)?.split_once("||").map(|(before, _)| before), Some("elsewhere|1"));
+    let sysconf = world.bed.site.make_directory("etc/enroot-pytorch/hooks.d")?;
+    let hook = sysconf.join("50-slurm-pytorch.sh");
+    std::fs::write(&hook, "#!/bin/sh\nexit 1\n")?;
+    std::fs::set_permissions(&hook, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    let sysconf = sysconf.parent().unwrap_or(&sysconf).display().to_string();
+    for asked in ["[hooks]\nslurm_pytorch = true\n".to_owned(), format!("[enroot]\nsysconf_path = \"{sysconf}\"\n")] {
+        world.bed.pyxis.configure(&(asked + &world.configuration()))?;
+        let seen = run(world, &host, &two_nodes, script);
+        let alone = run(world, &host, &["-N2", "-n2"], script);
+        world.bed.pyxis.configure(&world.configuration())?;
+        let (seen, alone) = (seen?, alone?);
+        for (text, tasks, threads) in [(&seen, "4", "1"), (&alone, "2", "")] {
+            let lines = sorted(text);
+            assert_eq!(lines.len().to_string(), tasks, "{text}");
+            let fields: Vec<_> = lines[0].split('|').collect();
+            assert_eq!([fields[0], fields[2], fields[3]], ["node1", tasks, threads], "{text}");
+            ensure!(fields[1] == fields[4] && lines.iter().all(|line| *line == lines[0]), "{text}");
+        }
+    }
+    // A step that joins a running container is another one, with ranks of its own.
+    world.bed.pyxis.configure(&("[hooks]\nslurm_pytorch = true\n".to_owned() + &world.configuration()))?;
+    let joined = join(world, "echo $MASTER_ADDR $WORLD_SIZE");
+    world.bed.pyxis.configure(&world.configuration())?;
+    assert_eq!(joined?, ["first node1 2", "first node1 2", "second node1 1"]);
+    Ok(())
+}
+
+/// What `script` says in two tasks that start a container, and in one that joins it.
+fn join(world: &World, script: &str) -> Result<Vec<String>> {
+    let name = named::option(&named::new_name(), "");
+    let mut first = named::start(world, &["-n2", ENV_IMAGE, &name], script)?;
+    let both = || (first.stdout().matches("up").count() == 2).then_some(());
+    wait::until("both tasks", wait::DEADLINE, both)?;
+    let second = named::sh(world, &[&name], script)?;
+    first.write_stdin(b"")?;
+    let first = first.wait(wait::DEADLINE)?.success()?.stdout.replace("up\n", "");
+    let said = [("first", first), ("second", second.stdout)];
+    Ok(said.iter().flat_map(|(who, out)| out.lines().map(move |line| format!("{who} {line}"))).collect())
 }
 
 /// The working directory is made; volumes can be written to although the root cannot.

@@ -14,6 +14,7 @@ pub const CASES: &[Case] = &[
     ("commands_only_the_image_has", commands),
     ("stdin_is_forwarded", stdin),
     ("pty", pty),
+    ("pty_input_and_exit_code", pty_input),
     ("batch_script_runs_inside", batch),
     ("salloc_passes_the_image_on", salloc),
     ("steps_of_a_batch_job", steps_of_a_batch_job),
@@ -76,6 +77,18 @@ fn pty(world: &mut World) -> Result<()> {
     Ok(())
 }
 
+/// What is typed arrives, and the exit code comes back.
+fn pty_input(world: &mut World) -> Result<()> {
+    let line = format!("srun --pty {IMAGE} sh -c 'echo ready; read line; echo \"got $line\"; exit 7'");
+    let mut command = world.bed.cluster.command(0, "script", ["-qec", &line, "/dev/null"]);
+    let mut step = Running::start(command.stdin(Stdio::piped()))?;
+    step.wait_for_text("ready", wait::DEADLINE)?;
+    step.write_stdin(b"typed\n")?;
+    let output = step.wait(wait::DEADLINE)?;
+    ensure!(output.stdout.contains("got typed") && output.code() == 7, "{output}");
+    Ok(())
+}
+
 /// Submits a script as user 0, waits for its end and gives its exit code and what it wrote.
 pub fn submit(world: &World, options: &[&str], script: &str) -> Result<(i32, String)> {
     let work = world.make_directory(0, "work/batch")?;
@@ -134,13 +147,14 @@ fn steps_of_a_batch_job(world: &mut World) -> Result<()> {
 }
 
 fn many_steps(world: &mut World) -> Result<()> {
-    let step = format!("srun --exclusive -N1 -n1 {IMAGE} sh -c 'echo inside; exit 3'");
+    const STEPS: usize = 50;
+    let step = format!("srun --overlap -N1 -n1 {IMAGE} sh -c 'echo inside; exit 3'");
     let script = format!(
-        "#!/bin/bash\nfor i in 1 2 3 4 5 6 7 8 9 10 11 12; do {step} & done\nfails=0\nwhile wait -n; r=$?; [ $r -ne 127 ]; do [ $r -eq 3 ] && fails=$((fails + 1)); done\necho fails $fails\n"
+        "#!/bin/bash\nfor i in {{1..{STEPS}}}; do {step} & done\nfails=0\nwhile wait -n; r=$?; [ $r -ne 127 ]; do [ $r -eq 3 ] && fails=$((fails + 1)); done\necho fails $fails\n"
     );
-    let (code, text) = submit(world, &["-N2", "-n12"], &script)?;
-    assert_eq!(text.matches("inside").count(), 12, "{text}");
-    ensure!(code == 0 && text.contains("fails 12"), "{code}: {text}");
+    let (code, text) = submit(world, &["-N2", "-n2"], &script)?;
+    assert_eq!(text.matches("inside").count(), STEPS, "{text}");
+    ensure!(code == 0 && text.contains(&format!("fails {STEPS}")), "{code}: {text}");
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use testbed::node::NodeProcess;
 use testbed::proxy::Behaviour;
-use testbed::{Running, wait};
+use testbed::{Output, Running, wait};
 
 use crate::Case;
 use crate::world::{IMAGE, World};
@@ -17,6 +17,8 @@ pub const CASES: &[Case] = &[
     ("interrupt_srun", interrupt),
     ("cancel_while_importing", cancel_importing),
     ("cancel_one_of_two_that_import_the_same", cancel_one_importer),
+    ("cancel_the_one_that_waits_for_another", cancel_one_waiting),
+    ("cancel_at_once", cancel_at_once),
     ("kill_a_task", kill_task),
     ("kill_the_leader_while_importing", kill_leader),
     ("kill_the_broker", kill_broker),
@@ -40,15 +42,20 @@ fn start_waiting(world: &World, options: &[&str]) -> Result<Running> {
 
 /// Starts a step on node1 in a new image and waits until its import stalls. Gives the image, too.
 fn start_stalled(world: &World, options: &[&str]) -> Result<(Running, String)> {
+    start_stalled_after(world, options, 200_000)
+}
+
+/// The same with each connection stalling after `bytes`: with none, the registry does not even say what the image is.
+fn start_stalled_after(world: &World, options: &[&str], bytes: u64) -> Result<(Running, String)> {
     let image = format!("--container-image={}/library/{}", world.proxy.host(), world.new_image(1 << 20)?);
-    world.proxy.set(Behaviour::StallAfter(200_000));
+    world.proxy.set(Behaviour::StallAfter(bytes));
     let step = world.start(&[&["-w", "node1", image.as_str()], options, &["echo", "it ran"]].concat())?;
     world.proxy.wait_until_held(wait::DEADLINE).with_context(|| format!("srun says: {}", step.stderr()))?;
     Ok((step, image))
 }
 
 /// The stalled step ends, unsuccessfully and soon; the same image can be had afterwards.
-fn ended_and_recovered(world: &World, step: Running, image: &str) -> Result<()> {
+fn ended_and_recovered(world: &World, step: Running, image: &str) -> Result<Output> {
     // Well before the 30 s after which the importer itself would notice a stalled connection.
     let output = step.wait(Duration::from_secs(20))?;
     ensure!(!output.status.success() && !output.stdout.contains("it ran"), "{output}");
@@ -56,7 +63,7 @@ fn ended_and_recovered(world: &World, step: Running, image: &str) -> Result<()> 
     wait::until("node1 to take steps again", wait::DEADLINE, || {
         world.srun(&["-w", "node1", image, "cat", "/etc/os-release"]).ok()?.success().ok()
     })?;
-    Ok(())
+    Ok(output)
 }
 
 fn find(world: &World, name: &str) -> Result<NodeProcess> {
@@ -93,12 +100,33 @@ fn interrupt(world: &mut World) -> Result<()> {
 }
 
 fn cancel_importing(world: &mut World) -> Result<()> {
-    for options in [&["-n1"][..], &["-n3"]] {
-        let (step, image) = start_stalled(world, options)?;
+    for (options, bytes) in [(["-n1"], 200_000), (["-n3"], 200_000), (["-n3"], 0)] {
+        let (step, image) = start_stalled_after(world, &options, bytes)?;
         cancel_job(world)?;
         ended_and_recovered(world, step, &image)?;
     }
     Ok(())
+}
+
+/// Whatever a start is doing when the job is cancelled: nothing stays, and no node is lost.
+fn cancel_at_once(world: &mut World) -> Result<()> {
+    for number in 0..12 {
+        let name = format!("--job-name=early{number}");
+        let step = world.start(&[&name, "-N2", "-n4", IMAGE, "sh", "-c", "echo up; exec sleep 1000"])?;
+        let running = || {
+            let jobs = world.bed.cluster.admin("squeue", ["--noheader", "--states=RUNNING", "--format=%j"]).ok()?;
+            jobs.lines().any(|job| job.trim() == name.trim_start_matches("--job-name=")).then_some(())
+        };
+        wait::until("the job", wait::DEADLINE, running)?;
+        // Later and later after Slurm has given it its nodes.
+        for _ in 0..number {
+            world.bed.cluster.node_states()?;
+        }
+        cancel_job(world)?;
+        let output = step.wait(wait::DEADLINE)?;
+        ensure!(!output.status.success(), "{output}");
+    }
+    world.nodes_work()
 }
 
 /// The other one takes the import over.
@@ -109,6 +137,21 @@ fn cancel_one_importer(world: &mut World) -> Result<()> {
     ensure!(!first.wait(Duration::from_secs(20))?.status.success());
     world.proxy.set(Behaviour::Pass);
     assert_eq!(second.wait(wait::DEADLINE)?.success()?.stdout, "second ran\n");
+    Ok(())
+}
+
+/// It waits for what another step downloads, and goes; the other one is not disturbed.
+fn cancel_one_waiting(world: &mut World) -> Result<()> {
+    let (first, image) = start_stalled(world, &["--job-name=first"])?;
+    let second = world.start(&["-w", "node1", "-n2", "--job-name=second", &image, "echo", "second ran"])?;
+    let brokers = || world.bed.cluster.nodes()[0].processes();
+    let waiting = || brokers().iter().filter(|process| process.command.starts_with("pyxis-broker")).count() == 2;
+    wait::until("the second step to wait", wait::DEADLINE, || waiting().then_some(()))?;
+    world.bed.cluster.admin("scancel", ["--name=second"])?;
+    let output = second.wait(Duration::from_secs(20))?;
+    ensure!(!output.status.success() && !output.stdout.contains("second ran"), "{output}");
+    world.proxy.set(Behaviour::Pass);
+    assert_eq!(first.wait(wait::DEADLINE)?.success()?.stdout, "it ran\n");
     Ok(())
 }
 
@@ -128,19 +171,21 @@ fn kill_leader(world: &mut World) -> Result<()> {
     let broker = find(world, "pyxis-broker")?;
     let leader = testbed::process::parent(broker.pid).context("the broker has no parent")?;
     kill(Pid::from_raw(leader), Signal::SIGKILL)?;
-    ended_and_recovered(world, step, &image)
+    let output = ended_and_recovered(world, step, &image)?;
+    ensure!(output.stderr.contains("a previous task terminated unexpectedly during container setup"), "{output}");
+    Ok(())
 }
 
 fn kill_broker(world: &mut World) -> Result<()> {
     let (step, image) = start_stalled(world, &["-n2"])?;
     slay(&find(world, "pyxis-broker")?)?;
-    ended_and_recovered(world, step, &image)
+    ended_and_recovered(world, step, &image).map(drop)
 }
 
 fn kill_importer(world: &mut World) -> Result<()> {
     let (step, image) = start_stalled(world, &[])?;
     slay(&find(world, "pyxis-importer")?)?;
-    ended_and_recovered(world, step, &image)
+    ended_and_recovered(world, step, &image).map(drop)
 }
 
 /// The step manager of the one step on node1.

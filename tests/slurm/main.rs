@@ -16,6 +16,7 @@ mod images;
 mod importer;
 mod jobs;
 mod kept;
+mod layouts;
 mod lifecycle;
 mod mounts;
 mod mpi;
@@ -60,6 +61,7 @@ fn main() -> ExitCode {
         ("identity", identity::CASES),
         ("mounts", mounts::CASES),
         ("images", images::CASES),
+        ("layouts", layouts::CASES),
         ("registries", registries::CASES),
         ("sources", sources::CASES),
         ("importer", importer::CASES),
