@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use serde_json::json;
 use testbed::image::{self, Compression, ImageBuilder};
 use testbed::{images, process, wait};
@@ -21,7 +21,6 @@ pub const CASES: &[Case] = &[
     ("everything_in_a_layer", everything_in_a_layer),
     ("distroless", distroless),
     ("image_without_layers_of_its_own", many_layers),
-    ("debian_installs_a_package", debian),
 ];
 
 fn distribution(world: &World, image: &str) -> Result<String> {
@@ -210,40 +209,5 @@ fn many_layers(world: &mut World) -> Result<()> {
     })?;
     let seen = world.sh(&["--container-image=layers"], "cat /layers/last; ls /layers | wc -l")?;
     assert_eq!(seen, format!("{}\n{}", LAYERS - 1, LAYERS + 1));
-    Ok(())
-}
-
-/// `apt-get install` as remapped root, of a package whose installation changes owners.
-fn debian(world: &mut World) -> Result<()> {
-    world.have("debian", |_| images::debian())?;
-    let work = world.make_directory(0, "work/repository")?;
-    let package = world.bed.site.path("state/package");
-    fs::create_dir_all(package.join("DEBIAN"))?;
-    fs::create_dir_all(package.join("usr/bin"))?;
-    fs::write(
-        package.join("DEBIAN/control"),
-        "Package: testbed-hello\nVersion: 1\nArchitecture: all\nMaintainer: Testbed <testbed@localhost>\nDescription: says hello\n",
-    )?;
-    let script = "#!/bin/sh\nset -e\ngroupadd --system greeters\nchgrp greeters /usr/bin/hello\nchmod 2755 /usr/bin/hello\nchown games:mail /usr/bin/hello\n";
-    for (file, text) in [("DEBIAN/postinst", script), ("usr/bin/hello", "#!/bin/sh\necho hello from a package\n")] {
-        fs::write(package.join(file), text)?;
-        fs::set_permissions(package.join(file), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
-    }
-    process::output_of(
-        Command::new("dpkg-deb")
-            .args(["--root-owner-group", "--build"])
-            .arg(&package)
-            .arg(work.join("hello_1_all.deb")),
-    )?;
-    let index =
-        process::output_of(Command::new("dpkg-scanpackages").arg(".").current_dir(&work)).context("dpkg-dev")?;
-    fs::write(work.join("Packages"), index)?;
-    let mount = format!("--container-mounts={}:/repository", work.display());
-    let script =
-        "set -e; rm -rf /etc/apt/sources.list.d; echo 'deb [trusted=yes] file:/repository ./' >/etc/apt/sources.list
-        apt-get -qq update && apt-get -qq install -y testbed-hello >/tmp/log 2>&1 || { cat /tmp/log >&2; exit 1; }
-        hello; stat -c %a /usr/bin/hello; dpkg-query -W -f '${db:Status-Status}' testbed-hello";
-    let options = ["--container-image=debian", "--container-remap-root", "--container-writable", &mount];
-    assert_eq!(world.sh(&options, script)?, "hello from a package\n2755\ninstalled");
     Ok(())
 }

@@ -22,6 +22,7 @@ mod mounts;
 mod mpi;
 mod named;
 mod options;
+mod packages;
 mod registries;
 mod relay;
 mod save;
@@ -66,6 +67,7 @@ fn main() -> ExitCode {
         ("sources", sources::CASES),
         ("importer", importer::CASES),
         ("squashfs", squashfs::CASES),
+        ("packages", packages::CASES),
         ("jobs", jobs::CASES),
         ("mpi", mpi::CASES),
         ("relay", relay::CASES),

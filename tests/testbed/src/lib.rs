@@ -32,6 +32,7 @@ pub mod prerequisites;
 pub mod process;
 pub mod proxy;
 pub mod registry;
+pub mod rpm;
 pub mod site;
 pub mod testbed;
 pub mod token;
