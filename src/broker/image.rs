@@ -143,10 +143,11 @@ impl Acquisition<'_, '_> {
             let opened = import::open_imported(&settings, call, &uri, environment, cancel, events)?;
             preparation.prepare(opened, cancel, events)
         });
-        // All of it is in the store now, or none of it is wanted. The step's end does this once more.
-        if !matches!(image, Err(ImportError::Cancelled { .. }))
-            && let Err(error) = importer::release(&settings.executable, self.request, environment)
-        {
+        // All of it is in the store now, or none of it is wanted. A file that is used as it is stays until the step's end,
+        // which does this once more.
+        let still_used =
+            matches!(image, Ok(Acquired::Mount(_) | Acquired::Fuse(_)) | Err(ImportError::Cancelled { .. }));
+        if !still_used && let Err(error) = importer::release(&settings.executable, self.request, environment) {
             tracing::info!("could not call importer release: {error}");
         }
         let image = image.map_err(|error| match error {

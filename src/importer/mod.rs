@@ -11,7 +11,7 @@ pub(crate) mod confine;
 mod failure;
 pub mod inflate;
 pub mod layer;
-mod local;
+pub mod local;
 pub mod pipe;
 pub mod protocol;
 

@@ -8,6 +8,7 @@ mod command;
 mod disk;
 mod fake;
 mod hostile;
+mod local;
 mod processes;
 mod random;
 mod real;

@@ -20,20 +20,20 @@ use testbed::{images, wait};
 use crate::NoMounts;
 
 /// A store, and registries that are allowed plain HTTP.
-struct World {
-    site: testbed::Site,
-    store: Store,
-    settings: ImportSettings,
+pub struct World {
+    pub site: testbed::Site,
+    pub store: Store,
+    pub settings: ImportSettings,
 }
 
 /// A user with a home directory of his own for credentials.
-struct Person {
-    user: TestUser,
-    home: PathBuf,
+pub struct Person {
+    pub user: TestUser,
+    pub home: PathBuf,
 }
 
 impl World {
-    fn new(name: &str) -> Self {
+    pub fn new(name: &str) -> Self {
         testbed::prerequisites::check().unwrap();
         testbed::users::ensure_service_user().unwrap();
         let site = testbed::Site::create(name).unwrap();
@@ -52,7 +52,7 @@ impl World {
         registry
     }
 
-    fn person(&self, number: usize) -> Person {
+    pub fn person(&self, number: usize) -> Person {
         let user = TestUser::get(number).unwrap();
         let home = self.site.make_directory(&format!("home-{number}")).unwrap();
         user.own(&home).unwrap();
