@@ -2,11 +2,10 @@
 //!
 //! Scripts count lines: `importing` and `imported` for what is imported, one pair a step and node; none for files.
 
+mod site_importer;
+
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-
-use rustix::fs::Mode;
-use rustix::io::Errno;
 
 use super::import::{
     self, AcquireRequest, AcquiredImage, ImportError, ImportEvent, ImportSettings, LocalRequest, OpenedImage,
@@ -16,13 +15,12 @@ use super::{BrokerError, Leader, failed};
 use crate::config::Config;
 use crate::container::InUse;
 use crate::image::reference::ImageReference;
-use crate::request::{Environment, ImageSource, LocalImage, StepRequest, User};
+use crate::request::{Environment, ImageSource, LocalImage, StepRequest};
 use crate::rootfs::cgroups;
 use crate::source::importer::ImporterCall;
 use crate::store::Store;
 use crate::sys;
 use crate::task::UserMessage;
-use crate::task::importer;
 
 /// What all sources need.
 pub(super) struct Acquisition<'a, 'b> {
@@ -111,53 +109,6 @@ impl Acquisition<'_, '_> {
         if let Acquired::Layers(image) = &image {
             self.conclude(typed, image.from_network);
         }
-        Ok(image)
-    }
-
-    /// What the site's importer makes of the reference.
-    fn by_site_importer(&mut self, call: &ImporterCall) -> Result<Acquired, BrokerError> {
-        let typed = match &self.request.image {
-            Some(ImageSource::Registry { typed, .. } | ImageSource::Local { typed, .. }) => typed.clone(),
-            _ => return Err(BrokerError::Start("no image".into())),
-        };
-        if let Some(importer) = &self.request.importer {
-            make_user_directory(&importer.runtime, &self.request.user).map_err(|errno| {
-                BrokerError::Start(format!("couldn't mkdir {}: {errno}", importer.runtime.display()))
-            })?;
-        }
-        self.announce(&typed);
-        let (store, settings) = (self.store()?, self.config.import_settings());
-        let uri = if typed.starts_with("docker://") || typed.starts_with("dockerd://") {
-            typed.clone()
-        } else {
-            format!("docker://{typed}")
-        };
-        let (user, cwd, environment, in_use) =
-            (&self.request.user, Path::new(&self.request.cwd), self.environment, self.in_use);
-        // It is what it is: nobody knows its name.
-        let image = LocalImage::Path { path: uri.clone().into(), form: None, name: None };
-        let wanted = LocalRequest { user, image: &image, typed: &typed, cwd, environment };
-        let method = Method::choose(self.config.squashfs.mode, self.request);
-        let preparation = Preparation { store: &store, settings: &settings, wanted, in_use, life: self.life, method };
-        let image = self.watch(Some(&typed), |cancel, events| {
-            let opened = import::open_imported(&settings, call, &uri, environment, cancel, events)?;
-            preparation.prepare(opened, cancel, events)
-        });
-        // All of it is in the store now, or none of it is wanted. A file that is used as it is stays until the step's end,
-        // which does this once more.
-        let still_used =
-            matches!(image, Ok(Acquired::Mount(_) | Acquired::Fuse(_)) | Err(ImportError::Cancelled { .. }));
-        if !still_used && let Err(error) = importer::release(&settings.executable, self.request, environment) {
-            tracing::info!("could not call importer release: {error}");
-        }
-        let image = image.map_err(|error| match error {
-            ImportError::Cancelled { .. } => BrokerError::Cancelled,
-            ImportError::SiteImporter { problem, log } => {
-                BrokerError::SiteImporter { image: typed.clone(), importer: call.program.clone(), problem, log }
-            }
-            other => BrokerError::Create { image: typed.clone(), reason: other.to_string() },
-        })?;
-        self.conclude(&typed, false);
         Ok(image)
     }
 
@@ -272,20 +223,6 @@ impl Preparation<'_> {
         }
         let image = import::convert(store, settings, *wanted, (file, key), *in_use, cancel, events)?;
         Ok(Acquired::Layers(image))
-    }
-}
-
-/// The user's own directory below `runtime`: what is there stays.
-fn make_user_directory(runtime: &Path, user: &User) -> Result<(), Errno> {
-    super::make_directory(runtime)?;
-    let path = runtime.join(user.uid.to_string());
-    match rustix::fs::mkdir(&path, Mode::RWXU) {
-        Err(Errno::EXIST) => Ok(()),
-        other => {
-            other?;
-            let (uid, gid) = (rustix::fs::Uid::from_raw(user.uid), rustix::fs::Gid::from_raw(user.gid));
-            rustix::fs::chownat(rustix::fs::CWD, &path, Some(uid), Some(gid), rustix::fs::AtFlags::SYMLINK_NOFOLLOW)
-        }
     }
 }
 

@@ -138,7 +138,9 @@ pub fn task_exit(state: &mut State, spank: &mut dyn Spank) {
         step.ended.insert(task);
     }
     if step.ended.len() >= tasks as usize {
-        step.life = None;
+        if let Some(life) = step.life.take() {
+            life.end();
+        }
         step.release(spank);
     }
 }

@@ -9,11 +9,15 @@ use anyhow::{Context, Result, ensure};
 use testbed::{images, process, wait};
 
 use crate::Case;
+use crate::lifecycle;
+use crate::named;
 use crate::world::{IMAGE, World};
 
 pub const CASES: &[Case] = &[
     ("gets_the_image", gets_the_image),
     ("is_not_asked_for_files", not_for_files),
+    ("keeps_a_file_that_is_in_use", in_use),
+    ("is_told_when_slurmstepd_was_killed", killed_manager),
     ("that_fails", that_fails),
     ("is_ended_with_the_job", cancelled),
 ];
@@ -105,6 +109,64 @@ fn gets_the_image(world: &mut World) -> Result<()> {
             assert_eq!(asked, [format!("get {typed} {uid}")]);
         }
         Ok(())
+    })
+}
+
+/// Runs `test` with an importer that hands out a squashfs file, which is run by `mode`.
+fn with_squashfs(world: &mut World, mode: &str, test: impl FnOnce(&World) -> Result<()>) -> Result<()> {
+    let work = world.make_directory(0, "work")?;
+    let (tree, image) = (world.directory("importer-squashfs")?.join("tree"), work.join("image"));
+    if !tree.exists() {
+        images::busybox_tree(&tree)?;
+    }
+    let _ = fs::remove_file(&image);
+    process::output_of(Command::new("mksquashfs").arg(&tree).arg(&image).args(["-quiet", "-no-progress"]))?;
+    world.user(0).own(&image)?;
+    log(world)?;
+    let usual = world.configuration();
+    world.bed.pyxis.configure(&format!("{usual}[squashfs]\nmode = \"{mode}\"\n"))?;
+    let result = with_importer(world, WELL_BEHAVED, |world, _| test(world));
+    world.bed.pyxis.configure(&usual)?;
+    fs::remove_file(&image)?;
+    log(world)?;
+    result.with_context(|| format!("mode {mode}"))
+}
+
+/// How often `release` was called until now.
+fn releases(world: &World) -> usize {
+    let log = fs::read_to_string(world.user(0).home.join("work/importer.log")).unwrap_or_default();
+    log.lines().filter(|line| line.starts_with("release ")).count()
+}
+
+/// A container that runs from the file itself has it to the end; one that was made from it does not need it.
+fn in_use(world: &mut World) -> Result<()> {
+    for (mode, during) in [("fuse", 0), ("kernel", 0), ("convert", 1)] {
+        with_squashfs(world, mode, |world| {
+            let step = named::start(world, &["-n2", "--container-image=any/name"], "cat /etc/os-release")?;
+            assert_eq!(releases(world), during);
+            named::end(step)?;
+            wait::until("the last release", wait::DEADLINE, || (releases(world) == during + 1).then_some(()))?;
+            // The step's own, and nobody else's: whoever waits for a step that was killed has gone.
+            let watching = || world.bed.cluster.nodes()[0].processes();
+            let gone = || watching().iter().all(|process| !process.command.starts_with("pyxis-release")).then_some(());
+            wait::until("the end of pyxis-release", wait::DEADLINE, gone)?;
+            assert_eq!(releases(world), during + 1);
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+fn killed_manager(world: &mut World) -> Result<()> {
+    with_squashfs(world, "fuse", |world| {
+        let step = named::start(world, &["--container-image=any/name"], "")?;
+        assert_eq!(releases(world), 0);
+        lifecycle::kill_stepd(world)?;
+        let released = wait::until("release", wait::DEADLINE, || (releases(world) == 1).then_some(()));
+        let uid = world.user(0).uid.to_string();
+        world.bed.cluster.admin("scancel", ["--user", &uid])?;
+        drop(step.wait(wait::DEADLINE * 2)?);
+        released
     })
 }
 

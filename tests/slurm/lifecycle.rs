@@ -200,9 +200,14 @@ fn stepd(world: &World) -> Result<NodeProcess> {
     processes.iter().find(manager).cloned().with_context(|| format!("no slurmstepd: {processes:#?}"))
 }
 
+/// Kills it.
+pub fn kill_stepd(world: &World) -> Result<()> {
+    slay(&stepd(world)?)
+}
+
 fn kill_stepd_running(world: &mut World) -> Result<()> {
     let step = start_waiting(world, &["-n2"])?;
-    slay(&stepd(world)?)?;
+    kill_stepd(world)?;
     cancel_job(world)?;
     // Its tasks end with their standard input. (srun gives up waiting, and says 0, also without a container.)
     drop(step.wait(wait::DEADLINE * 2)?);
@@ -212,7 +217,7 @@ fn kill_stepd_running(world: &mut World) -> Result<()> {
 
 fn kill_stepd_importing(world: &mut World) -> Result<()> {
     let (step, image) = start_stalled(world, &["-n2"])?;
-    slay(&stepd(world)?)?;
+    kill_stepd(world)?;
     cancel_job(world)?;
     drop(step.wait(wait::DEADLINE * 2)?);
     world.proxy.set(Behaviour::Pass);

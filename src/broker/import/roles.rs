@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
 
+use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Pid, Resource, Rlimit};
 use rustix::thread::CapabilitySet;
 use serde::{Deserialize, Serialize};
@@ -20,6 +21,7 @@ use crate::squashfuse::{self, ToServer};
 use crate::sys::channel::Channel;
 use crate::sys::memfile;
 use crate::sys::process::{become_user, block_all_signals, close_from, die_with_parent, take_inherited};
+use crate::task::importer;
 
 /// The descriptor of the channel to the broker. 0 to 2 are as usual, others are closed.
 pub(super) const CHANNEL: RawFd = 3;
@@ -124,16 +126,25 @@ fn job_environment(mut descriptors: Vec<OwnedFd>) -> io::Result<Environment> {
     }
 }
 
-/// Becomes the job's user and has the site's importer release what it has for the step. Its argument is the process id of
-/// who started it.
+/// Becomes the job's user and has the site's importer release what it has for the step: now, or after the step. Its
+/// arguments are the process id of who started it, and [`AFTER`](crate::task::importer::AFTER) in the second case.
 pub fn release_role(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let Some(parent) = number(&mut arguments).and_then(Pid::from_raw) else { return by_hand() };
+    let after = arguments.next().is_some_and(|argument| argument == importer::AFTER);
     let released = || -> io::Result<bool> {
-        let environment = take_descriptor()?;
+        close_from(if after { importer::LIFE + 1 } else { importer::LIFE })?;
+        let environment = inherited(importer::ENVIRONMENT)?;
+        let life = if after { Some(inherited(importer::LIFE)?) } else { None };
         let request = memfile::read_all(io::stdin().as_fd().try_clone_to_owned()?, MAX_ENVIRONMENT)?;
         let request: StepRequest = serde_json::from_slice(&request)?;
         let Some(call) = ImporterCall::new(&request) else { return Ok(true) };
         become_somebody(&call.user, parent)?;
+        if let Some(life) = life {
+            rustix::process::set_parent_process_death_signal(None)?;
+            if ended_in_order(&life)? {
+                return Ok(true);
+            }
+        }
         source::importer::release(&call, &job_environment(vec![environment])?)
     };
     match released() {
@@ -141,6 +152,13 @@ pub fn release_role(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
         Ok(false) => ExitCode::FAILURE,
         Err(error) => failed("importer release", &error),
     }
+}
+
+/// Waits for the end of a step; whether its manager has ended it and was not killed ([`crate::task::LifePipe::end`]).
+fn ended_in_order(life: &OwnedFd) -> io::Result<bool> {
+    let mut watched = [PollFd::new(life, PollFlags::IN)];
+    rustix::io::retry_on_intr(|| rustix::event::poll(&mut watched, None))?;
+    Ok(watched[0].revents().contains(PollFlags::IN))
 }
 
 /// The FUSE server: becomes the job's user and serves a squashfs file of his ([`squashfuse`]). Its argument is the broker's
@@ -201,7 +219,11 @@ fn drop_bounding_set() -> io::Result<()> {
 /// The one descriptor that the process starts with, besides the usual three.
 fn take_descriptor() -> io::Result<OwnedFd> {
     close_from(CHANNEL + 1)?;
-    take_inherited(CHANNEL).ok_or_else(|| io::Error::from(io::ErrorKind::BrokenPipe))
+    inherited(CHANNEL)
+}
+
+fn inherited(descriptor: RawFd) -> io::Result<OwnedFd> {
+    take_inherited(descriptor).ok_or_else(|| io::Error::from(io::ErrorKind::BrokenPipe))
 }
 
 /// The next argument.
