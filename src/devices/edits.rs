@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use crate::mounts::entry::MountEntry;
 
 /// The edits of one container, in the order in which they are applied: what is hidden, device nodes, mounts, libraries,
-/// files.
+/// files, links.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ContainerEdits {
     /// Device nodes of the host that the container must not see, because the job has others: absolute paths.
@@ -21,6 +21,8 @@ pub struct ContainerEdits {
     pub libraries: Vec<Library>,
     /// Files and directories whose content we make.
     pub files: Vec<File>,
+    /// Symbolic links.
+    pub links: Vec<Link>,
     /// Variables; a later one of the same name wins.
     pub env: Vec<(String, String)>,
     /// Hooks, in order.
@@ -41,6 +43,7 @@ impl ContainerEdits {
         self.mounts.extend(other.mounts);
         self.libraries.extend(other.libraries);
         self.files.extend(other.files);
+        self.links.extend(other.links);
         self.env.extend(other.env);
         self.hooks.extend(other.hooks);
         self.additional_gids.extend(other.additional_gids);
@@ -83,6 +86,15 @@ pub struct File {
     pub content: Vec<u8>,
 }
 
+/// A symbolic link, where the container has nothing of that name.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Link {
+    /// In the container: absolute.
+    pub path: PathBuf,
+    /// What it holds: relative to its directory, or absolute in the container.
+    pub target: PathBuf,
+}
+
 /// A program that runs on the host for the container (runtime specification, POSIX-platform hooks).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hook {
@@ -109,4 +121,16 @@ pub enum HookStage {
     CreateContainer,
     /// `startContainer`: in the container, before its first program.
     StartContainer,
+}
+
+impl HookStage {
+    /// By its name in the runtime specification; `None` for what comes after the start, and has no counterpart.
+    pub fn of(name: &str) -> Option<Self> {
+        match name {
+            "prestart" | "createRuntime" => Some(Self::CreateRuntime),
+            "createContainer" => Some(Self::CreateContainer),
+            "startContainer" => Some(Self::StartContainer),
+            _ => None,
+        }
+    }
 }

@@ -1,0 +1,16 @@
+//! Any text as a file of a CDI specification, JSON or YAML: refused with one line, or a document that names a kind.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use spank_pyxis::devices::cdi::document::{Document, Format};
+
+fuzz_target!(|data: &[u8]| {
+    for format in [Format::Json, Format::Yaml] {
+        match Document::parse(data, format) {
+            Ok((kind, document)) => {
+                assert!(kind.to_string().contains('/') && !document.devices.is_empty());
+            }
+            Err(error) => assert!(!error.to_string().contains('\n'), "{error}"),
+        }
+    }
+});
