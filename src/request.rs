@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::devices::cdi::name::QualifiedName;
 use crate::image::reference::ImageReference;
 use crate::mounts::spec::MountSpec;
 
@@ -38,6 +39,8 @@ pub struct StepRequest {
     pub entrypoint_log: bool,
     /// `--container-unshare`.
     pub unshare: Unshare,
+    /// `--container-device`.
+    pub devices: Vec<QualifiedName>,
     /// `importer=` in plugstack.conf.
     pub importer: Option<SiteImporter>,
     /// Working directory of the step on the host: what relative paths are relative to.

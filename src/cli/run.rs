@@ -57,6 +57,9 @@ pub struct RunArgs {
     /// Namespaces of its own: NS[,NS...] of net, ipc, uts
     #[arg(long, value_name = "NAMESPACES")]
     container_unshare: Vec<String>,
+    /// Devices of the node by their CDI names: VENDOR/CLASS=NAME[,...]
+    #[arg(long, value_name = "DEVICES")]
+    container_device: Vec<String>,
     /// Show what a step would write to the node's log
     #[arg(long, short)]
     verbose: bool,
@@ -121,6 +124,9 @@ fn request(args: &RunArgs, user: User) -> Result<StepRequest, Error> {
     for text in &args.container_unshare {
         options.set(OptionId::Unshare, text.as_bytes())?;
     }
+    for text in &args.container_device {
+        options.set(OptionId::Device, text.as_bytes())?;
+    }
     if let Some(path) = &args.container_workdir {
         options.set(OptionId::Workdir, path.as_bytes())?;
     }
@@ -148,6 +154,7 @@ fn request(args: &RunArgs, user: User) -> Result<StepRequest, Error> {
         entrypoint: options.entrypoint.unwrap_or(false),
         entrypoint_log: options.entrypoint_log.unwrap_or(false),
         unshare: options.unshare,
+        devices: options.devices,
         importer: None,
         cwd: std::env::current_dir()?,
         mounts: options.mounts,

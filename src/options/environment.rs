@@ -19,7 +19,7 @@ pub struct FromEnvironmentError {
 }
 
 /// Options with an argument, in the order of the table.
-const ARGUMENTS: [(&str, OptionId); 7] = [
+const ARGUMENTS: [(&str, OptionId); 8] = [
     ("PYXIS_CONTAINER_IMAGE", OptionId::Image),
     ("PYXIS_CONTAINER_MOUNTS", OptionId::Mounts),
     ("PYXIS_CONTAINER_WORKDIR", OptionId::Workdir),
@@ -27,6 +27,7 @@ const ARGUMENTS: [(&str, OptionId); 7] = [
     ("PYXIS_CONTAINER_SAVE", OptionId::Save),
     ("PYXIS_CONTAINER_ENV", OptionId::Env),
     ("PYXIS_CONTAINER_UNSHARE", OptionId::Unshare),
+    ("PYXIS_CONTAINER_DEVICE", OptionId::Device),
 ];
 
 /// Switches: what "yes" means, and what "no" means. `PYXIS_CONTAINER_WRITABLE` comes before its opposite.
@@ -77,6 +78,7 @@ impl Options {
             OptionId::Entrypoint | OptionId::NoEntrypoint => self.entrypoint.is_some(),
             OptionId::EntrypointLog => self.entrypoint_log.is_some(),
             OptionId::Unshare => self.unshare.any(),
+            OptionId::Device => !self.devices.is_empty(),
         }
     }
 }

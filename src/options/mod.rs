@@ -15,6 +15,7 @@ pub mod table;
 use std::path::PathBuf;
 
 use crate::container::name::{FullName, InvalidName};
+use crate::devices::cdi::name::{InvalidName as InvalidDevice, QualifiedName};
 use crate::image::local;
 use crate::image::reference::{ImageReference, InvalidReference};
 use crate::mounts::entry::{InvalidEntry, MountEntry};
@@ -51,6 +52,8 @@ pub struct Options {
     pub entrypoint_log: Option<bool>,
     /// `--container-unshare`.
     pub unshare: Unshare,
+    /// `--container-device`, in order, each once.
+    pub devices: Vec<QualifiedName>,
     image_text: Option<String>,
     /// The texts of list options, in order, each once: Slurm relays only the last one of each to the nodes.
     lists: Vec<(OptionId, String)>,
@@ -103,6 +106,9 @@ pub enum OptionError {
     /// A namespace that cannot be asked for.
     #[error("--container-unshare: unknown namespace '{0}'")]
     UnknownNamespace(String),
+    /// `--container-device`.
+    #[error("--container-device: {0}")]
+    Device(#[from] InvalidDevice),
 }
 
 impl Options {
@@ -148,6 +154,17 @@ impl Options {
                     ipc: before.ipc || asked.ipc,
                     uts: before.uts || asked.uts,
                 };
+                self.note_list(id, text);
+                Ok(())
+            }
+            OptionId::Device => {
+                // The whole list is judged before any of it counts.
+                let devices = text.split(',').map(str::parse).collect::<Result<Vec<QualifiedName>, _>>()?;
+                for device in devices {
+                    if !self.devices.contains(&device) {
+                        self.devices.push(device);
+                    }
+                }
                 self.note_list(id, text);
                 Ok(())
             }
@@ -271,6 +288,7 @@ impl Options {
             (self.entrypoint_log.is_some(), "--container-entrypoint-log"),
             (self.writable.is_some(), writable),
             (self.save.is_some(), "--container-save"),
+            (!self.devices.is_empty(), "--container-device"),
         ]
         .into_iter()
         .filter_map(|(given, name)| given.then_some(name))
@@ -297,6 +315,7 @@ impl Options {
         match id {
             OptionId::Mounts => self.mounts.clear(),
             OptionId::Env => self.env.clear(),
+            OptionId::Device => self.devices.clear(),
             _ => {}
         }
         self.set(id, merged)

@@ -1,8 +1,8 @@
-//! The sixteen options as Slurm registers them and users see them in `--help` (behaviour reference, section 3.2).
+//! The options as Slurm registers them and users see them in `--help` (behaviour reference, section 3.2).
 
 use std::ffi::CStr;
 
-/// One of the sixteen options; the number is what SPANK hands to the callback as `val`.
+/// One of the options; the number is what SPANK hands to the callback as `val`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OptionId {
     /// `--container-image`
@@ -37,6 +37,8 @@ pub enum OptionId {
     Env,
     /// `--container-unshare`
     Unshare,
+    /// `--container-device`
+    Device,
 }
 
 /// How one option is registered.
@@ -82,7 +84,7 @@ const fn row(id: OptionId, name: &'static CStr, argument: Option<&'static CStr>,
 }
 
 /// All options, in the order in which they are registered and numbered.
-pub static TABLE: [OptionSpec; 16] = [
+pub static TABLE: [OptionSpec; 17] = [
     row(
         OptionId::Image,
         c"container-image",
@@ -179,6 +181,12 @@ pub static TABLE: [OptionSpec; 16] = [
         Some(c"NS[,NS...]"),
         c"[pyxis] give the container namespaces of its own: net, ipc, uts.",
     ),
+    row(
+        OptionId::Device,
+        c"container-device",
+        Some(c"VENDOR/CLASS=NAME[,...]"),
+        c"[pyxis] give the container these devices of the node, by their CDI names, e.g. amd.com/gpu=all.",
+    ),
 ];
 
 #[cfg(test)]
@@ -214,6 +222,7 @@ mod tests {
                 "container-readonly",
                 "container-env=NAME[,NAME...]",
                 "container-unshare=NS[,NS...]",
+                "container-device=VENDOR/CLASS=NAME[,...]",
             ]
         );
     }
@@ -227,6 +236,6 @@ mod tests {
             assert!(spec.help.to_str().unwrap().starts_with("[pyxis] "));
         }
         assert_eq!(OptionId::from_value(-1), None);
-        assert_eq!(OptionId::from_value(16), None);
+        assert_eq!(OptionId::from_value(17), None);
     }
 }

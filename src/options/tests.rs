@@ -88,7 +88,7 @@ fn opposite_switches_conflict() {
 
 #[test]
 fn malformed_values_are_named() {
-    use OptionId::{Env, Image, Mounts, Name, Save, Unshare};
+    use OptionId::{Device, Env, Image, Mounts, Name, Save, Unshare};
     for (id, argument, expected) in [
         (Image, "ghcr.io/Org/img:1", "--container-image: Invalid image reference: docker://ghcr.io/Org/img:1"),
         (Image, "ubuntu:", "--container-image: Invalid image reference: docker://ubuntu:"),
@@ -104,6 +104,16 @@ fn malformed_values_are_named() {
         (Unshare, "foo", "--container-unshare: unknown namespace 'foo'"),
         (Unshare, "net,foo", "--container-unshare: unknown namespace 'foo'"),
         (Unshare, "net,", "--container-unshare: empty namespace argument"),
+        (
+            Device,
+            "v.com/d=0,gpu",
+            "--container-device: \"gpu\" is no device name: it must be VENDOR/CLASS=NAME, as in nvidia.com/gpu=0",
+        ),
+        (
+            Device,
+            "v.com/d=-",
+            "--container-device: \"v.com/d=-\": the device name \"-\" must begin with a letter or digit",
+        ),
     ] {
         assert_eq!(message(&[(id, argument)]), expected);
     }
@@ -137,6 +147,15 @@ fn namespaces_add_up() {
     let options = set(&[(OptionId::Unshare, "net"), (OptionId::Unshare, "ipc,net")]).unwrap();
     assert_eq!(options.unshare, Unshare { net: true, ipc: true, uts: false });
     assert_eq!(options.merged_list(OptionId::Unshare, true).as_deref(), Some("net,ipc,net"));
+}
+
+#[test]
+fn devices_add_up() {
+    let shown = |options: &Options| options.devices.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+    let mut options = set(&[(OptionId::Device, "v.com/d=1"), (OptionId::Device, "v.com/d=0,v.com/d=1")]).unwrap();
+    assert_eq!(shown(&options), "v.com/d=1 v.com/d=0");
+    options.complete_list(OptionId::Device, b"w.com/x=a,v.com/d=0,v.com/d=1").unwrap();
+    assert_eq!(shown(&options), "w.com/x=a v.com/d=0 v.com/d=1");
 }
 
 #[test]
@@ -187,6 +206,7 @@ fn options_without_a_container_are_listed_as_pyxis_spells_them() {
         (OptionId::Readonly, ""),
         (OptionId::Env, "A"),
         (OptionId::Unshare, "net"),
+        (OptionId::Device, "v.com/d=0"),
         (OptionId::Save, "/x.sqsh"),
         (OptionId::NoEntrypoint, ""),
         (OptionId::EntrypointLog, ""),
@@ -204,6 +224,7 @@ fn options_without_a_container_are_listed_as_pyxis_spells_them() {
             "--container-entrypoint-log",
             "--container-readonly",
             "--container-save",
+            "--container-device",
         ]
     );
     assert_eq!(set(&[(OptionId::Writable, "")]).unwrap().without_container(), ["--container-writable"]);
@@ -227,6 +248,7 @@ fn the_environment_fills_in_what_was_not_given() {
             ("PYXIS_CONTAINER_ENTRYPOINT", "0"),
             ("PYXIS_CONTAINER_SAVE", "x.sqsh"),
             ("PYXIS_CONTAINER_UNSHARE", "net,uts"),
+            ("PYXIS_CONTAINER_DEVICE", "v.com/d=0,v.com/d=1"),
         ],
     )
     .unwrap();
@@ -236,6 +258,7 @@ fn the_environment_fills_in_what_was_not_given() {
     assert_eq!((options.mount_home, options.remap_root, options.writable), (Some(true), Some(false), Some(false)));
     assert_eq!((options.name, options.save.as_deref(), options.entrypoint), (None, Some("x.sqsh"), Some(false)));
     assert_eq!(options.unshare, Unshare { net: true, ipc: false, uts: true });
+    assert_eq!(options.devices.len(), 2);
 }
 
 #[test]
@@ -285,6 +308,11 @@ fn a_variable_that_cannot_be_used_is_an_error() {
         ("PYXIS_CONTAINER_NAME", ":a", "--container-name: empty name"),
         ("PYXIS_CONTAINER_SAVE", "/", "--container-save: target is a directory"),
         ("PYXIS_CONTAINER_UNSHARE", "x", "--container-unshare: unknown namespace 'x'"),
+        (
+            "PYXIS_CONTAINER_DEVICE",
+            "x",
+            "--container-device: \"x\" is no device name: it must be VENDOR/CLASS=NAME, as in nvidia.com/gpu=0",
+        ),
     ] {
         let error = environment(Options::default(), &[(variable, value)]).unwrap_err();
         assert_eq!(error.to_string(), format!("{expected} (from the environment variable {variable})"));
@@ -293,7 +321,7 @@ fn a_variable_that_cannot_be_used_is_an_error() {
 
 proptest! {
     #[test]
-    fn any_argument_is_judged(index in 0..16_i32, argument in proptest::collection::vec(any::<u8>(), 0..200)) {
+    fn any_argument_is_judged(index in 0..17_i32, argument in proptest::collection::vec(any::<u8>(), 0..200)) {
         let id = OptionId::from_value(index).unwrap();
         let mut options = Options::default();
         let first = options.set(id, &argument);

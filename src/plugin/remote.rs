@@ -219,6 +219,7 @@ impl Step {
             entrypoint: self.options.entrypoint.unwrap_or(self.arguments.execute_entrypoint),
             entrypoint_log: self.options.entrypoint_log.unwrap_or(false),
             unshare: self.options.unshare,
+            devices: self.options.devices.clone(),
             importer: self.arguments.importer.clone().map(|program| {
                 let runtime = self.arguments.runtime_path.clone();
                 SiteImporter { program, runtime }

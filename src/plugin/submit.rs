@@ -17,10 +17,11 @@ pub(super) const REQUESTED: &str = "SLURM_PYXIS_CONTAINER_IMAGE";
 
 /// Options that may come as several arguments, and the variables that carry the whole list to the node, since Slurm
 /// relays only the last argument.
-pub(super) const MERGED_LISTS: [(OptionId, &str); 3] = [
+pub(super) const MERGED_LISTS: [(OptionId, &str); 4] = [
     (OptionId::Mounts, "SLURM_PYXIS_CONTAINER_MOUNTS"),
     (OptionId::Env, "SLURM_PYXIS_CONTAINER_ENV"),
     (OptionId::Unshare, "SLURM_PYXIS_CONTAINER_UNSHARE"),
+    (OptionId::Device, "SLURM_PYXIS_CONTAINER_DEVICE"),
 ];
 
 /// Reads the plugstack arguments.

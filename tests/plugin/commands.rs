@@ -5,7 +5,7 @@ use std::process::Command;
 
 use super::{plugin, run};
 
-const OPTIONS: [&str; 16] = [
+const OPTIONS: [&str; 17] = [
     "--container-image=[USER@][REGISTRY#]IMAGE[:TAG]|PATH",
     "--container-mounts=SRC:DST[:FLAGS][,SRC:DST...]",
     "--container-workdir=PATH",
@@ -22,6 +22,7 @@ const OPTIONS: [&str; 16] = [
     "--container-readonly",
     "--container-env=NAME[,NAME...]",
     "--container-unshare=NS[,NS...]",
+    "--container-device=VENDOR/CLASS=NAME[,...]",
 ];
 
 /// A configuration without a cluster.
@@ -96,7 +97,7 @@ fn listed_twice_it_is_there_once() {
     let slurm = Slurm::new(&["", ""]);
     let (success, text) = slurm.run("srun", &["--help"], &[]);
     assert!(success && !text.contains("provided by both"), "{text}");
-    assert_eq!(text.matches("[pyxis] ").count(), 16, "{text}");
+    assert_eq!(text.matches("[pyxis] ").count(), 17, "{text}");
     let text = slurm.srun(&["--container-workdir=/"]);
     assert_eq!(text.matches("pyxis: ignoring --container-workdir because").count(), 1, "{text}");
 }
@@ -113,6 +114,8 @@ fn bad_options_end_the_command() {
         (&["--container-mounts=/a:b"], "mount target must be a relative path or an absolute path"),
         (&["--container-env=A,"], "--container-env: invalid format: A,"),
         (&["--container-unshare=foo"], "--container-unshare: unknown namespace 'foo'"),
+        (&["--container-device=gpu"], "--container-device: \"gpu\" is no device name: it must be VENDOR/CLASS=NAME"),
+        (&["--container-device=a.com/gpu=0,"], "--container-device: \"\" is no device name"),
         (&["--container-name=:x"], "--container-name: empty name"),
         (&["--container-save=x/"], "--container-save: target is a directory"),
         (

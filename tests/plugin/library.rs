@@ -67,6 +67,8 @@ fn it_holds_no_network_archive_or_crypto_code() {
         "4clap",
         "4toml",
         "8landlock",
+        "12serde_saphyr",
+        "13granit_parser",
         "spank_pyxis8registry",
         "spank_pyxis8importer",
         "spank_pyxis5store",

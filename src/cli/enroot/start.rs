@@ -197,6 +197,7 @@ fn request(args: &StartArgs, context: &Context, named: &Environment) -> StepRequ
         entrypoint: true,
         entrypoint_log: false,
         unshare: Unshare { net: args.net, ipc: args.ipc, uts: args.uts },
+        devices: Vec::new(),
         importer: None,
         cwd: context.identity.cwd.clone(),
         mounts: Vec::new(),

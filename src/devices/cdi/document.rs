@@ -458,7 +458,7 @@ fn nul(text: &str) -> bool {
 }
 
 fn check_env(what: &str, env: &[String]) -> Result<(), String> {
-    match env.iter().find(|entry| nul(entry) || !entry.find('=').is_some_and(|at| at > 0)) {
+    match env.iter().find(|entry| nul(entry) || entry.find('=').is_none_or(|at| at == 0)) {
         Some(entry) => Err(format!("{what}: {entry:?} is no NAME=VALUE")),
         None => Ok(()),
     }

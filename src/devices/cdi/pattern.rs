@@ -79,7 +79,7 @@ fn one(pattern: &[char], character: char) -> Option<usize> {
         '?' => Some(1),
         '\\' => (*pattern.get(1)? == character).then_some(2),
         '[' => {
-            let (ranges, negated, length) = class(pattern)?;
+            let Class { ranges, negated, length } = class(pattern)?;
             let within = ranges.iter().any(|&(low, high)| (low..=high).contains(&character));
             (within != negated).then_some(length)
         }
@@ -87,8 +87,15 @@ fn one(pattern: &[char], character: char) -> Option<usize> {
     }
 }
 
-/// The ranges between brackets, whether they are negated, and the length of it all.
-fn class(pattern: &[char]) -> Option<(Vec<(char, char)>, bool, usize)> {
+/// What is between brackets.
+struct Class {
+    ranges: Vec<(char, char)>,
+    negated: bool,
+    /// Of it all, with the brackets.
+    length: usize,
+}
+
+fn class(pattern: &[char]) -> Option<Class> {
     let negated = pattern.get(1) == Some(&'^');
     let mut at = if negated { 2 } else { 1 };
     let mut ranges = Vec::new();
@@ -113,7 +120,7 @@ fn class(pattern: &[char]) -> Option<(Vec<(char, char)>, bool, usize)> {
         };
         ranges.push((low, high));
     }
-    Some((ranges, negated, at + 1))
+    Some(Class { ranges, negated, length: at + 1 })
 }
 
 fn well_formed(pattern: &str) -> bool {
@@ -124,7 +131,7 @@ fn well_formed(pattern: &str) -> bool {
             '\\' if at + 1 == pattern.len() => return false,
             '\\' => 2,
             '[' => match class(&pattern[at..]) {
-                Some((.., length)) => length,
+                Some(class) => class.length,
                 None => return false,
             },
             _ => 1,
