@@ -193,5 +193,5 @@ fn the_shipped_plugstack_line_loads() {
     assert!(text.contains(&path) && text.lines().filter(|line| !line.starts_with('#')).count() == 1, "{shipped}");
     std::fs::write(slurm.directory.path().join("plugstack.conf"), text).unwrap();
     let (success, text) = slurm.run("srun", &["--help"], &[]);
-    assert!(success && text.matches("[pyxis] ").count() == 16 && !text.contains("error:"), "{text}");
+    assert!(success && text.matches("[pyxis] ").count() == 17 && !text.contains("error:"), "{text}");
 }
