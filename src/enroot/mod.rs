@@ -6,10 +6,8 @@
 pub mod conf;
 pub mod environ;
 pub mod generated;
-mod lines;
 pub mod mounts;
 pub mod script;
-mod shell;
 pub mod substitute;
 
 use std::ffi::OsStr;

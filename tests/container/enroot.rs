@@ -200,3 +200,57 @@ fn a_hook_that_hangs_is_killed_with_all_it_started() {
     assert_eq!(stdout(node.run(&[], "echo ran")), "ran");
     assert!(!crate::seed::runs("sleep\u{0}4711\u{0}"));
 }
+
+#[test]
+fn every_kind_of_mount() {
+    let node = Node::new();
+    let host = node.host_directory();
+    for name in ["lower", "upper", "work"] {
+        std::fs::create_dir(host.join(name)).unwrap();
+        std::fs::set_permissions(host.join(name), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+    }
+    std::fs::write(host.join("lower/file"), "below\n").unwrap();
+    let fstab = "tmpfs /tmpfs tmpfs x-create=dir,size=64k,mode=755,nodev
+none /tmpfs tmpfs remount,size=128k,ro,noexec
+devpts /pts devpts x-create=dir,newinstance,ptmxmode=0666,mode=620
+none /mqueue mqueue x-create=dir,nosuid,noexec
+overlay /overlay overlay x-create=dir,lowerdir=${HOST}/lower,upperdir=${HOST}/upper,workdir=${HOST}/work,userxattr
+tmpfs /from tmpfs x-create=dir,size=32k
+${ENROOT_ROOTFS}/from /to none x-create=dir,x-move
+${HOST} /bound none x-create=dir,rbind
+none /bound none remount,bind,ro,nosuid
+none /bound none unbindable
+tmpfs /gone tmpfs x-create=dir
+gone /gone none x-detach
+${HOST}/lower/file /file none bind,x-create=file,ro
+/nowhere /silent none bind,nofail,silent
+none /never proc x-create=dir,nofail
+";
+    node.configure_enroot("mounts.d/50.fstab", fstab);
+    let variables = [("HOST", host.to_str().unwrap()), ("ENROOT_UNSHARE_IPC", "y")];
+    let script = "cat /file /overlay/file; echo new > /overlay/new; cat /proc/self/mountinfo";
+    let output = node.run_with(&variables, &["--verbose", "--container-writable"], script);
+    let log = text(&output.stderr);
+    let output = stdout(output);
+    assert!(output.starts_with("below\nbelow\n"), "{output}\n{log}");
+    assert_eq!(std::fs::read_to_string(host.join("upper/new")).unwrap(), "new\n");
+    let line = |path: &str| {
+        let lines: Vec<&str> = output.lines().filter(|line| line.split(' ').nth(4) == Some(path)).collect();
+        assert_eq!(lines.len(), 1, "{path}: {output}\n{log}");
+        lines[0].to_owned()
+    };
+    for (path, parts) in [
+        ("/tmpfs", &[" ro,", "noexec", "nodev", "size=128k"][..]),
+        ("/pts", &[" - devpts ", "ptmxmode=666"]),
+        ("/mqueue", &[" - mqueue ", "nosuid,noexec"]),
+        ("/overlay", &[" - overlay ", "userxattr"]),
+        ("/to", &[" - tmpfs ", "size=32k"]),
+        ("/bound", &[" ro,nosuid", " unbindable "]),
+        ("/file", &[" ro,"]),
+    ] {
+        let line = line(path);
+        assert!(parts.iter().all(|part| line.contains(part)), "{line}");
+    }
+    assert!(!output.contains(" /gone ") && !output.contains(" /from "), "{output}");
+    assert!(log.contains("enroot-mount: failed to mount: none at /never: ") && !log.contains("/silent"), "{log}");
+}
