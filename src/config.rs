@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use crate::broker::import::ImportSettings;
+use crate::devices::settings::DeviceSettings;
 use crate::importer::protocol::ImportLimits;
 use crate::registry::config::NetworkConfig;
 pub use crate::registry::config::{RegistryConfig, RegistryEntry};
@@ -36,6 +37,8 @@ pub struct Config {
     pub enroot: EnrootSettings,
     /// The site's and the users' hooks.
     pub hooks: HookSettings,
+    /// What of the node's hardware appears in containers.
+    pub devices: DeviceSettings,
     /// What is logged.
     pub log: LogSettings,
     /// Registries by name.
@@ -371,6 +374,7 @@ mod tests {
         assert_eq!(enabled.network, NetworkConfig::default());
         assert_eq!(enabled.enroot, EnrootSettings::default());
         assert_eq!(enabled.hooks, HookSettings::default());
+        assert_eq!(enabled.devices, DeviceSettings::default());
         assert!(enabled.registry.contains_key("docker.io"));
     }
 }

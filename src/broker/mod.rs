@@ -316,7 +316,7 @@ impl Step<'_> {
         // SAFETY: the broker has one thread.
         let init = match unsafe { fork(0) }.map_err(failed("container init"))? {
             Forked::Child => {
-                let start = self.start_of_init(broker, &image.config);
+                let start = self.start_of_init(broker, &image.config, matches!(root, Root::Shared { .. }));
                 init::run(&start, init_end, &self.life, image.layers)
             }
             Forked::Parent(init) => init,
@@ -371,7 +371,7 @@ impl Step<'_> {
         self.report(init, ready, registered)
     }
 
-    fn start_of_init<'a>(&'a self, broker: Pid, image_config: &'a [u8]) -> Start<'a> {
+    fn start_of_init<'a>(&'a self, broker: Pid, image_config: &'a [u8], root_is_shared: bool) -> Start<'a> {
         Start {
             request: &self.request,
             environment: &self.environment,
@@ -379,6 +379,8 @@ impl Step<'_> {
             settings: &self.config.container,
             sysconf: &self.config.enroot.sysconf_path,
             hooks: &self.config.hooks,
+            devices: &self.config.devices,
+            root_is_shared,
             runtime: &self.config.runtime.path,
             broker,
             leader: self.leader.pid.as_raw_nonzero().get(),
@@ -395,7 +397,7 @@ impl Step<'_> {
         // SAFETY: the broker has one thread.
         let init = match unsafe { fork(0) }.map_err(failed("container init"))? {
             Forked::Child => {
-                let start = self.start_of_init(broker, &record.config);
+                let start = self.start_of_init(broker, &record.config, true);
                 let attach = Attach { start: &start, instance: &instance, pidfd: &pidfd };
                 init::attach::run(&attach, init_end, &self.life, leases)
             }

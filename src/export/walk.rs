@@ -11,11 +11,14 @@ use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, SeekFrom, S
 use rustix::io::Errno;
 
 use super::ExportError;
+use crate::devices::{ldcache, remains};
+use crate::mounts::rootdir::RootDir;
 use crate::squashfs::writer::{Attributes, Entry, FileWriter, Special, Writer, Xattrs};
 
 /// What only this container has, whatever it is. What is in `/dev` is left out, too.
-const LEFT_OUT: [&[u8]; 2] = [b".enroot", b".lock"];
+const LEFT_OUT: [&[u8]; 3] = [b".enroot", b".lock", remains::DIRECTORY.as_bytes()];
 const DEV: &[u8] = b"dev";
+const LIBRARY_CACHE: &[u8] = b"etc/ld.so.cache";
 /// Longest name and value of an extended attribute (xattr(7)).
 const XATTR_MAX: usize = 64 << 10;
 
@@ -43,8 +46,10 @@ pub fn walk(root: BorrowedFd<'_>, writer: &mut Writer) -> Result<(), ExportError
     let root = open(root, b".", OFlags::RDONLY | OFlags::DIRECTORY).map_err(|errno| failed(b"", errno))?;
     let status = rustix::fs::fstat(&root).map_err(|errno| failed(b"", errno))?;
     writer.directory(b"", attributes(&status, xattrs(root.as_fd()).map_err(|errno| failed(b"", errno))?))?;
-    let mut walker = Walker { writer, links: HashMap::new() };
-    let mut levels = vec![Level { names: names(&root, b"")?, directory: root, path: Vec::new() }];
+    let names_of_root = names(&root, b"")?;
+    let top = rustix::io::fcntl_dupfd_cloexec(&root, 0).map_err(|errno| failed(b"", errno))?;
+    let mut walker = Walker { writer, root: RootDir::new(top.as_fd()), links: HashMap::new() };
+    let mut levels = vec![Level { names: names_of_root, directory: root, path: Vec::new() }];
     while let Some(level) = levels.last_mut() {
         let Some(name) = level.names.pop() else {
             levels.pop();
@@ -101,6 +106,7 @@ impl From<crate::squashfs::writer::Error> for Failure {
 
 struct Walker<'a> {
     writer: &'a mut Writer,
+    root: RootDir<'a>,
     /// Files with several names, by device and inode number, and the first of them.
     links: HashMap<(u64, u64), Vec<u8>>,
 }
@@ -130,6 +136,10 @@ impl Walker<'_> {
             }
         }
         match kind {
+            FileType::RegularFile if path == LIBRARY_CACHE && self.devices_are_in_cache() => {
+                self.own_cache(path, &status)?;
+                return Ok(None);
+            }
             FileType::RegularFile => self.file(parent, name, path)?,
             FileType::Symlink => {
                 let target = rustix::fs::readlinkat(parent, name, Vec::new())?;
@@ -151,6 +161,29 @@ impl Walker<'_> {
             self.links.insert((status.st_dev, status.st_ino), path.to_vec());
         }
         Ok(None)
+    }
+
+    /// Whether the linker's cache is one with libraries that have appeared with devices.
+    fn devices_are_in_cache(&self) -> bool {
+        let content = self.root.read(ldcache::PATH, ldcache::MAX_FILE);
+        content.is_ok_and(|content| content.is_some_and(|content| remains::is_ours(&content)))
+    }
+
+    /// The linker's cache as it was before, if there was one.
+    fn own_cache(&mut self, path: &[u8], status: &Stat) -> Result<(), Failure> {
+        let saved = remains::saved_cache(self.root)
+            .map_err(|error| Failure::Read(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
+        let Some(content) = saved else { return Ok(()) };
+        let mut writer = self.writer.begin_file(path, attributes(status, Vec::new()))?;
+        let mut rest = &content[..];
+        while !rest.is_empty() {
+            let space = writer.space()?;
+            let count = space.len().min(rest.len());
+            space[..count].copy_from_slice(&rest[..count]);
+            writer.advance(count);
+            rest = &rest[count..];
+        }
+        Ok(writer.finish()?)
     }
 
     fn file(&mut self, parent: BorrowedFd<'_>, name: &[u8], path: &[u8]) -> Result<(), Failure> {

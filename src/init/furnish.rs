@@ -8,6 +8,7 @@ use std::time::Duration;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
+use super::devices::{self, Appeared};
 use super::environment::{FromHost, image_file};
 use super::plan::{self, Plan};
 use super::pmix;
@@ -165,8 +166,9 @@ impl<'a> Furnisher<'a> {
         hooks.programs.append(&mut self.more_hooks);
         if !hooks.programs.is_empty() {
             outside.enter_task_cgroup()?;
-            self.run_hooks(&hooks.programs, host)?;
+            self.run_hooks(&hooks.programs, host.clone())?;
         }
+        self.let_devices_appear(&host, outside)?;
         for volume in self.plan.volumes() {
             keep_writable(self.root(), volume).map_err(|errno| {
                 other(format!("cannot mount the image's volume {}: {}", volume.display(), sys::reason(errno)))
@@ -207,6 +209,20 @@ impl<'a> Furnisher<'a> {
         self.mount(&entries)
     }
 
+    /// After the hooks, which may say what devices are wanted.
+    fn let_devices_appear(&mut self, host: &Environment, outside: &mut dyn Outside) -> Result<(), InitError> {
+        let environments = (host, &self.environment);
+        let own_dev = self.site.choices.restrict_dev;
+        let Appeared { variables, log } =
+            devices::appear(self.start, self.root(), own_dev, environments, &mut |message| outside.say(message))?;
+        for (name, value) in variables {
+            self.environment.set(name.as_str(), value.as_str());
+            self.hook_variables.set(name, value);
+        }
+        self.log.extend(log);
+        Ok(())
+    }
+
     fn mount(&mut self, entries: &[MountEntry]) -> Result<(), InitError> {
         for entry in entries {
             let tolerated = apply(self.root(), &self.start.request.cwd, entry)
@@ -242,7 +258,7 @@ impl<'a> Furnisher<'a> {
 pub struct Furnished {
     /// The container's environment.
     pub environment: Environment,
-    /// What of it the hooks have set.
+    /// What of it the hooks and the devices have set.
     pub hook_variables: Environment,
     /// Its root.
     pub root: OwnedFd,

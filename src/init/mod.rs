@@ -7,6 +7,7 @@
 
 pub mod alone;
 pub mod attach;
+mod devices;
 mod entrypoint;
 mod environment;
 mod furnish;
@@ -28,6 +29,7 @@ use rustix::process::Pid;
 use rustix::thread::{CapabilitySet, LinkNameSpaceType, UnshareFlags};
 
 use crate::config::{ContainerSettings, HookSettings};
+use crate::devices::settings::DeviceSettings;
 use crate::image::config::ImageConfig;
 use crate::mounts::rootdir::RootDir;
 use crate::namespaces;
@@ -65,6 +67,10 @@ pub struct Start<'a> {
     pub sysconf: &'a Path,
     /// Bounds of hooks.
     pub hooks: &'a HookSettings,
+    /// What of the node's hardware appears.
+    pub devices: &'a DeviceSettings,
+    /// Whether other containers may have the same root filesystem.
+    pub root_is_shared: bool,
     /// `/run/pyxis`.
     pub runtime: &'a Path,
     /// The process that forked this one.

@@ -159,6 +159,15 @@ pub fn attach(mount: BorrowedFd<'_>, target: BorrowedFd<'_>) -> Result<(), Errno
     )
 }
 
+/// Attaches the detached mount `mount` over the name `name` in `directory`: a symbolic link is covered, not followed.
+pub fn attach_over(
+    mount: BorrowedFd<'_>,
+    directory: BorrowedFd<'_>,
+    name: impl rustix::path::Arg,
+) -> Result<(), Errno> {
+    rustix::mount::move_mount(mount, "", directory, name, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+}
+
 /// Whether a mount is attached at `path` (relative to `directory`).
 pub fn is_mount_root(directory: impl AsFd, path: &Path) -> Result<bool, Errno> {
     let mut flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW | rustix::fs::AtFlags::NO_AUTOMOUNT;

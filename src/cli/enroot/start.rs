@@ -123,6 +123,9 @@ pub fn run(args: &StartArgs, context: &Context) -> Result<ExitCode, Error> {
         settings: &context.config.container,
         sysconf: &sysconf,
         hooks: &context.config.hooks,
+        devices: &context.config.devices,
+        // Nobody keeps account of who runs in a directory of the user's.
+        root_is_shared: true,
         runtime: runtime.path(),
         broker: rustix::process::getpid(),
         leader: rustix::process::getpid().as_raw_nonzero().get(),
