@@ -12,14 +12,15 @@
 //!   one user that user owns all. Of extended attributes only those of users (`user.`) are kept.
 //! * Directories that are only implied have mode 0755 and time 0.
 //!
-//! An entry whose path has `..`, or that lies below something other than a directory (a symbolic link, say), is an error
-//! that names it. No entry can do harm: there is no file system that a path could lead out of.
+//! Symbolic links of the layer on the way to an entry are followed ([`parents`](super::parents)). An entry whose path has
+//! `..`, or that lies below something other than a directory (a file, say), is an error that names it. No entry can do harm: there is no file system that a path could lead out of.
 
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
 
 use super::error::{LayerError, Quoted};
+use super::parents::ParentLinks;
 use super::path::{Name, components};
 use super::tar::{Archive, Entry, Kind};
 use crate::erofs::{Attributes, Directory, DirectoryId, InodeId, SYMLINK_MAX, Target, Writer};
@@ -59,7 +60,9 @@ const MAX_DIRECTORY_XATTRS: usize = 16 << 20;
 pub fn write_layer(tar: impl Read, out: &File, limits: &LayerLimits) -> Result<LayerSummary, LayerError> {
     let mut archive = Archive::new(tar, limits.max_bytes);
     let mut layer = Layer::new(out, limits)?;
-    while let Some(entry) = archive.next()? {
+    let mut links = ParentLinks::default();
+    while let Some(mut entry) = archive.next()? {
+        links.apply(&mut entry);
         layer.apply(&entry, |buffer| archive.read(buffer))?;
     }
     layer.leave_out();

@@ -8,6 +8,7 @@
 mod error;
 mod layer;
 pub mod merge;
+mod parents;
 mod path;
 mod squashfs;
 pub(crate) mod tar;

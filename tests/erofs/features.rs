@@ -56,6 +56,30 @@ fn opaque_directories_hide_what_is_below() {
 }
 
 #[test]
+fn what_is_below_a_link_is_where_it_leads() {
+    check(
+        Archive::default()
+            .symlink("bin", "usr/bin")
+            .symlink("usr/lib", "/../../lib")
+            .file("bin/sh", b"x")
+            .file("usr/lib/libc.so", b"xy")
+            .hard_link("sh", "bin/sh")
+            .file("bin/.wh.ls", b""),
+        &[
+            "l bin usr/bin",
+            "d lib",
+            "f lib/libc.so 2",
+            "f sh 1",
+            "d usr",
+            "d usr/bin",
+            "w usr/bin/ls",
+            "f usr/bin/sh 1",
+            "l usr/lib /../../lib",
+        ],
+    );
+}
+
+#[test]
 fn a_layer_may_replace_what_it_hides() {
     check(Archive::default().file(".wh.a", b"").file("a", b"new"), &["f a 3"]);
     check(Archive::default().file("a", b"new").file(".wh.a", b""), &["f a 3"]);

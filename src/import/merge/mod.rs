@@ -18,6 +18,7 @@ use std::io::Read;
 
 use super::error::LayerError;
 use super::layer::{LayerLimits, attributes};
+use super::parents::ParentLinks;
 use super::path::{Name, components};
 use super::tar::{Archive, Entry, Kind};
 use crate::erofs::{Attributes, Extent, SYMLINK_MAX};
@@ -100,7 +101,9 @@ impl<S: Sink> Merge<S> {
     pub fn layer(&mut self, tar: impl Read) -> Result<bool, LayerError> {
         let mut archive = Archive::new(tar, self.limits.max_bytes);
         self.number = 0;
-        while let Some(entry) = archive.next()? {
+        let mut links = ParentLinks::default();
+        while let Some(mut entry) = archive.next()? {
+            links.apply(&mut entry);
             self.number += 1;
             self.apply(&entry, &mut |buffer| archive.read(buffer))?;
         }
@@ -122,7 +125,9 @@ impl<S: Sink> Merge<S> {
     pub fn links(&mut self, tar: impl Read) -> Result<(), LayerError> {
         let mut archive = Archive::new(tar, self.limits.max_bytes);
         let mut number = 0;
-        while let Some(entry) = archive.next()? {
+        let mut links = ParentLinks::default();
+        while let Some(mut entry) = archive.next()? {
+            links.apply(&mut entry);
             number += 1;
             let Ok(components) = components(&entry.path) else { continue };
             if matches!(entry.kind, Kind::Directory | Kind::HardLink { .. }) {
