@@ -14,6 +14,7 @@ use crate::devices::settings::DeviceSettings;
 use crate::importer::protocol::ImportLimits;
 use crate::registry::config::NetworkConfig;
 pub use crate::registry::config::{RegistryConfig, RegistryEntry};
+use crate::request::PullPolicy;
 use crate::store::Watermarks;
 
 /// Where the file is unless the plugin's `config=` says otherwise.
@@ -57,11 +58,18 @@ pub struct StoreSettings {
     pub watermarks: Watermarks,
     /// `confirmation_seconds`: how long a user may go on using an image before the registry is asked again.
     pub confirmation_seconds: u32,
+    /// `pull`: as `--container-pull`.
+    pub pull: PullPolicy,
 }
 
 impl Default for StoreSettings {
     fn default() -> Self {
-        Self { path: "/var/lib/pyxis".into(), watermarks: Watermarks::default(), confirmation_seconds: 300 }
+        Self {
+            path: "/var/lib/pyxis".into(),
+            watermarks: Watermarks::default(),
+            confirmation_seconds: 300,
+            pull: PullPolicy::Recent,
+        }
     }
 }
 
@@ -327,6 +335,7 @@ impl Config {
                 max_connections: self.import.max_connections,
             },
             confirmation: Duration::from_secs(self.store.confirmation_seconds.into()),
+            pull: self.store.pull,
             space_factor: self.import.space_factor,
             watermarks: self.store.watermarks,
             importer_user: self.import.user.clone(),

@@ -27,6 +27,9 @@ pub struct StepRequest {
     pub step: Option<StepFacts>,
     /// What to run in. `None` only with a name: that container has to exist.
     pub image: Option<ImageSource>,
+    /// `--container-pull`; `None` leaves it to the configuration.
+    #[serde(default)]
+    pub pull: Option<PullPolicy>,
     /// `--container-name`.
     pub name: Option<ContainerName>,
     /// Whether named containers end with the job (`container_scope=job` in plugstack.conf).
@@ -135,6 +138,35 @@ pub enum LocalImage {
         /// Its name there, with a tag or without.
         name: String,
     },
+}
+
+/// When the registry is asked about an image that the user has been given before.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PullPolicy {
+    /// Each time.
+    Always,
+    /// Unless it has answered a short time ago.
+    #[default]
+    Recent,
+    /// As long as the image is in the store: not what its tag means now, only whether the user may still have it, and that
+    /// not more often than with `Recent`.
+    Missing,
+    /// Never.
+    Never,
+}
+
+impl PullPolicy {
+    /// The policy that users call `name`.
+    pub fn of(name: &str) -> Option<Self> {
+        match name {
+            "always" => Some(Self::Always),
+            "recent" => Some(Self::Recent),
+            "missing" => Some(Self::Missing),
+            "never" => Some(Self::Never),
+            _ => None,
+        }
+    }
 }
 
 /// The forms of images in files that have a name of their own (containers-transports(5)).

@@ -76,7 +76,8 @@ impl Acquisition<'_, '_> {
 
     fn of_registry(&mut self, typed: &str, reference: &ImageReference) -> Result<AcquiredImage, BrokerError> {
         self.announce(typed);
-        let (store, settings) = (self.store()?, self.config.import_settings());
+        let (store, mut settings) = (self.store()?, self.config.import_settings());
+        settings.pull = self.request.pull.unwrap_or(settings.pull);
         let wanted = AcquireRequest { user: &self.request.user, reference, environment: self.environment };
         let in_use = self.in_use;
         let image = self

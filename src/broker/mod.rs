@@ -32,6 +32,7 @@ use crate::container::record::{Lower, Record};
 use crate::container::running::{Instance, Running};
 use crate::container::{FullName, InUse};
 use crate::hooks::workspace::Workspace;
+use crate::image::digest::Digest;
 use crate::image::reference::ImageReference;
 use crate::init::attach::Attach;
 use crate::init::protocol::{FromInit, ToInit};
@@ -240,6 +241,8 @@ struct Step<'a> {
 /// What a new root filesystem is made of.
 struct Image {
     config: Vec<u8>,
+    /// The platform's manifest, if it is known.
+    digest: Option<Digest>,
     layers: Vec<LeasedLayer>,
     /// What is used instead of layers.
     squashfs: Option<Squashfs>,
@@ -285,7 +288,7 @@ impl Step<'_> {
             Some(Choice::Tree(path)) => {
                 tracing::info!("reusing existing container filesystem");
                 let record = Some(named::record_of_tree(&self.request, path.clone()));
-                (Image { config: vec![], layers: vec![], squashfs: None, record }, Root::Tree(path))
+                (Image { config: vec![], digest: None, layers: vec![], squashfs: None, record }, Root::Tree(path))
             }
             Some(Choice::Attach(joined)) => return self.attach(joined),
             Some(Choice::Share(Joined { pidfd, record, kept, .. })) => {
@@ -316,7 +319,8 @@ impl Step<'_> {
         // SAFETY: the broker has one thread.
         let init = match unsafe { fork(0) }.map_err(failed("container init"))? {
             Forked::Child => {
-                let start = self.start_of_init(broker, &image.config, matches!(root, Root::Shared { .. }));
+                let start =
+                    self.start_of_init(broker, (&image.config, image.digest), matches!(root, Root::Shared { .. }));
                 init::run(&start, init_end, &self.life, image.layers)
             }
             Forked::Parent(init) => init,
@@ -371,11 +375,17 @@ impl Step<'_> {
         self.report(init, ready, registered)
     }
 
-    fn start_of_init<'a>(&'a self, broker: Pid, image_config: &'a [u8], root_is_shared: bool) -> Start<'a> {
+    fn start_of_init<'a>(
+        &'a self,
+        broker: Pid,
+        (image_config, image_digest): (&'a [u8], Option<Digest>),
+        root_is_shared: bool,
+    ) -> Start<'a> {
         Start {
             request: &self.request,
             environment: &self.environment,
             image_config,
+            image_digest,
             settings: &self.config.container,
             sysconf: &self.config.enroot.sysconf_path,
             hooks: &self.config.hooks,
@@ -397,7 +407,7 @@ impl Step<'_> {
         // SAFETY: the broker has one thread.
         let init = match unsafe { fork(0) }.map_err(failed("container init"))? {
             Forked::Child => {
-                let start = self.start_of_init(broker, &record.config, true);
+                let start = self.start_of_init(broker, (&record.config, record.digest()), true);
                 let attach = Attach { start: &start, instance: &instance, pidfd: &pidfd };
                 init::attach::run(&attach, init_end, &self.life, leases)
             }
@@ -459,7 +469,8 @@ impl Step<'_> {
         let Self { leader, life, config, request, environment, mounts, .. } = self;
         let in_use = InUse::new(mounts, &config.container.path);
         let image = Acquisition { leader, life, config, request, environment, in_use: &in_use }.acquire()?;
-        let of_squashfs = |squashfs| Image { config: vec![], layers: vec![], squashfs: Some(squashfs), record: None };
+        let of_squashfs =
+            |squashfs| Image { config: vec![], digest: None, layers: vec![], squashfs: Some(squashfs), record: None };
         let image = match image {
             Acquired::Layers(image) => image,
             Acquired::Mount(mount) => return Ok(of_squashfs(Squashfs::Mount(mount))),
@@ -467,7 +478,12 @@ impl Step<'_> {
         };
         tracing::debug!(manifest = %image.manifest, layers = image.layers.len(), after = ?self.began.elapsed(), "have the image");
         let record = self.name.as_ref().and_then(|_| named::record(&self.request, &image));
-        Ok(Image { config: image.config, layers: image.layers, squashfs: None, record })
+        // What was made of a squashfs file has no config, and its digest means nothing elsewhere.
+        let digest = (!image.config.is_empty()).then_some(image.manifest);
+        if let Some(digest) = &digest {
+            tracing::info!("image digest {digest}");
+        }
+        Ok(Image { config: image.config, digest, layers: image.layers, squashfs: None, record })
     }
 
     /// The image of a container that exists. Layers that the store has lost are fetched again.
@@ -476,7 +492,13 @@ impl Step<'_> {
             Some(layers) => layers,
             None => self.fetch_again(&record)?,
         };
-        Ok(Image { config: record.config.clone(), layers, squashfs: None, record: Some(record) })
+        Ok(Image {
+            config: record.config.clone(),
+            digest: record.digest(),
+            layers,
+            squashfs: None,
+            record: Some(record),
+        })
     }
 
     /// `None` if a layer is not in the store.

@@ -60,6 +60,9 @@ pub struct RunArgs {
     /// Devices of the node by their CDI names: VENDOR/CLASS=NAME[,...]
     #[arg(long, value_name = "DEVICES")]
     container_device: Vec<String>,
+    /// When to ask the registry: always, recent, missing, never
+    #[arg(long, value_name = "WHEN")]
+    container_pull: Option<String>,
     /// Show what a step would write to the node's log
     #[arg(long, short)]
     verbose: bool,
@@ -130,6 +133,9 @@ fn request(args: &RunArgs, user: User) -> Result<StepRequest, Error> {
     if let Some(path) = &args.container_workdir {
         options.set(OptionId::Workdir, path.as_bytes())?;
     }
+    if let Some(when) = &args.container_pull {
+        options.set(OptionId::Pull, when.as_bytes())?;
+    }
     let switches = [
         (args.container_writable, OptionId::Writable),
         (args.container_readonly, OptionId::Readonly),
@@ -148,6 +154,7 @@ fn request(args: &RunArgs, user: User) -> Result<StepRequest, Error> {
         user,
         step: None,
         image: options.image,
+        pull: options.pull,
         name: options.name,
         job_scope: false,
         save: options.save,

@@ -69,6 +69,14 @@ impl Record {
         }
     }
 
+    /// The image's manifest, if it has one: a squashfs file has no config either.
+    pub fn digest(&self) -> Option<Digest> {
+        match &self.lower {
+            Lower::Layers { manifest, .. } if !self.config.is_empty() => Some(*manifest),
+            Lower::Layers { .. } | Lower::Tree(_) => None,
+        }
+    }
+
     /// Where the image came from, as `docker://…`, if that was a registry.
     pub fn source(&self) -> Option<String> {
         match &self.lower {

@@ -40,6 +40,9 @@ impl FromHost {
         task: &Environment,
     ) -> Result<Environment, InitError> {
         let mut environment: Environment = image.env.iter().collect();
+        if let Some(digest) = &start.image_digest {
+            environment.set("PYXIS_IMAGE_DIGEST", digest.to_string());
+        }
         if let Some(text) = image_file(start, root, "/etc/environment", environ::MAX_FILE)? {
             let variable = |name: &str| self.variables.get(name).map(<[u8]>::to_owned);
             environ::assign(&mut environment, &text, Some(&variable));

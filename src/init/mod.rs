@@ -31,6 +31,7 @@ use rustix::thread::{CapabilitySet, LinkNameSpaceType, UnshareFlags};
 use crate::config::{ContainerSettings, HookSettings};
 use crate::devices::settings::DeviceSettings;
 use crate::image::config::ImageConfig;
+use crate::image::digest::Digest;
 use crate::mounts::rootdir::RootDir;
 use crate::namespaces;
 use crate::request::{Environment, StepRequest};
@@ -61,6 +62,8 @@ pub struct Start<'a> {
     /// The image's config, not yet parsed: that is done as the user. Empty for a root filesystem that has none, and which
     /// files of enroot's describe (`/etc/rc`).
     pub image_config: &'a [u8],
+    /// Digest of the image's manifest, if it has one.
+    pub image_digest: Option<Digest>,
     /// The site's defaults.
     pub settings: &'a ContainerSettings,
     /// `/etc/enroot`.

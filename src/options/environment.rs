@@ -19,7 +19,7 @@ pub struct FromEnvironmentError {
 }
 
 /// Options with an argument, in the order of the table.
-const ARGUMENTS: [(&str, OptionId); 8] = [
+const ARGUMENTS: [(&str, OptionId); 9] = [
     ("PYXIS_CONTAINER_IMAGE", OptionId::Image),
     ("PYXIS_CONTAINER_MOUNTS", OptionId::Mounts),
     ("PYXIS_CONTAINER_WORKDIR", OptionId::Workdir),
@@ -28,6 +28,7 @@ const ARGUMENTS: [(&str, OptionId); 8] = [
     ("PYXIS_CONTAINER_ENV", OptionId::Env),
     ("PYXIS_CONTAINER_UNSHARE", OptionId::Unshare),
     ("PYXIS_CONTAINER_DEVICE", OptionId::Device),
+    ("PYXIS_CONTAINER_PULL", OptionId::Pull),
 ];
 
 /// Switches: what "yes" means, and what "no" means. `PYXIS_CONTAINER_WRITABLE` comes before its opposite.
@@ -79,6 +80,7 @@ impl Options {
             OptionId::EntrypointLog => self.entrypoint_log.is_some(),
             OptionId::Unshare => self.unshare.any(),
             OptionId::Device => !self.devices.is_empty(),
+            OptionId::Pull => self.pull.is_some(),
         }
     }
 }

@@ -20,7 +20,7 @@ use crate::image::local;
 use crate::image::reference::{ImageReference, InvalidReference};
 use crate::mounts::entry::{InvalidEntry, MountEntry};
 use crate::mounts::spec::{InvalidMounts, MountSpec};
-use crate::request::{ContainerEnv, ContainerName, ImageSource, NameMode, Unshare};
+use crate::request::{ContainerEnv, ContainerName, ImageSource, NameMode, PullPolicy, Unshare};
 
 pub use environment::FromEnvironmentError;
 use table::{OptionId, TABLE};
@@ -54,6 +54,8 @@ pub struct Options {
     pub unshare: Unshare,
     /// `--container-device`, in order, each once.
     pub devices: Vec<QualifiedName>,
+    /// `--container-pull`.
+    pub pull: Option<PullPolicy>,
     image_text: Option<String>,
     /// The texts of list options, in order, each once: Slurm relays only the last one of each to the nodes.
     lists: Vec<(OptionId, String)>,
@@ -100,6 +102,9 @@ pub enum OptionError {
     /// `--container-save` names a directory.
     #[error("--container-save: target is a directory")]
     SaveTarget,
+    /// `--container-pull` and another word.
+    #[error("--container-pull: must be \"always\", \"recent\", \"missing\" or \"never\"")]
+    Pull,
     /// An empty item of `--container-unshare`.
     #[error("--container-unshare: empty namespace argument")]
     EmptyNamespace,
@@ -143,6 +148,10 @@ impl Options {
             OptionId::Name => {
                 let parsed = parse_name(text)?;
                 self.single(id, |options| &mut options.name, parsed)
+            }
+            OptionId::Pull => {
+                let policy = PullPolicy::of(text).ok_or(OptionError::Pull)?;
+                self.single(id, |options| &mut options.pull, policy)
             }
             OptionId::Save if text.ends_with('/') => Err(OptionError::SaveTarget),
             OptionId::Save => self.single(id, |options| &mut options.save, text.to_owned()),
@@ -289,6 +298,7 @@ impl Options {
             (self.writable.is_some(), writable),
             (self.save.is_some(), "--container-save"),
             (!self.devices.is_empty(), "--container-device"),
+            (self.pull.is_some(), "--container-pull"),
         ]
         .into_iter()
         .filter_map(|(given, name)| given.then_some(name))

@@ -39,6 +39,8 @@ pub enum OptionId {
     Unshare,
     /// `--container-device`
     Device,
+    /// `--container-pull`
+    Pull,
 }
 
 /// How one option is registered.
@@ -84,7 +86,7 @@ const fn row(id: OptionId, name: &'static CStr, argument: Option<&'static CStr>,
 }
 
 /// All options, in the order in which they are registered and numbered.
-pub static TABLE: [OptionSpec; 17] = [
+pub static TABLE: [OptionSpec; 18] = [
     row(
         OptionId::Image,
         c"container-image",
@@ -187,6 +189,12 @@ pub static TABLE: [OptionSpec; 17] = [
         Some(c"VENDOR/CLASS=NAME[,...]"),
         c"[pyxis] give the container these devices of the node, by their CDI names, e.g. amd.com/gpu=all.",
     ),
+    row(
+        OptionId::Pull,
+        c"container-pull",
+        Some(c"WHEN"),
+        c"[pyxis] when to ask the registry about an image that the node has: always, recent (unless it has answered a few minutes ago), missing (only whether you may have it), never.",
+    ),
 ];
 
 #[cfg(test)]
@@ -223,6 +231,7 @@ mod tests {
                 "container-env=NAME[,NAME...]",
                 "container-unshare=NS[,NS...]",
                 "container-device=VENDOR/CLASS=NAME[,...]",
+                "container-pull=WHEN",
             ]
         );
     }
@@ -236,6 +245,6 @@ mod tests {
             assert!(spec.help.to_str().unwrap().starts_with("[pyxis] "));
         }
         assert_eq!(OptionId::from_value(-1), None);
-        assert_eq!(OptionId::from_value(17), None);
+        assert_eq!(OptionId::from_value(18), None);
     }
 }

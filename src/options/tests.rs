@@ -321,7 +321,7 @@ fn a_variable_that_cannot_be_used_is_an_error() {
 
 proptest! {
     #[test]
-    fn any_argument_is_judged(index in 0..17_i32, argument in proptest::collection::vec(any::<u8>(), 0..200)) {
+    fn any_argument_is_judged(index in 0..18_i32, argument in proptest::collection::vec(any::<u8>(), 0..200)) {
         let id = OptionId::from_value(index).unwrap();
         let mut options = Options::default();
         let first = options.set(id, &argument);

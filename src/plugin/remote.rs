@@ -213,6 +213,7 @@ impl Step {
             user,
             step: Some(facts),
             image: self.options.image.clone(),
+            pull: self.options.pull,
             name: self.options.name.clone(),
             job_scope: self.arguments.job_scope,
             save: self.options.save.clone(),

@@ -148,17 +148,17 @@ fn commands_offer_all_options_once() {
         let mut slurm = Slurm::new(context);
         let mut state = State::default();
         assert_eq!(init(&mut state, &mut slurm, &[]), Ok(()));
-        assert_eq!(slurm.registered.len(), 17);
+        assert_eq!(slurm.registered.len(), 18);
         // Listed twice.
         assert_eq!(init(&mut state, &mut slurm, &[]), Ok(()));
-        assert_eq!(slurm.registered.len(), 17);
+        assert_eq!(slurm.registered.len(), 18);
         assert!(slurm.said().is_empty());
     }
 }
 
 #[test]
 fn without_sbatch_support_only_srun_offers_them() {
-    for (context, offered) in [(Context::Local, 17), (Context::Allocator, 0), (Context::Remote, 17)] {
+    for (context, offered) in [(Context::Local, 18), (Context::Allocator, 0), (Context::Remote, 18)] {
         let mut slurm = Slurm::new(context);
         assert_eq!(init(&mut State::default(), &mut slurm, &["sbatch_support=0"]), Ok(()));
         assert_eq!(slurm.registered.len(), offered);

@@ -114,6 +114,12 @@ impl Store {
         Ok(record.filter(|record| record.reference == *reference))
     }
 
+    /// What to lock while the registry is asked what `reference` means for `uid`.
+    pub fn reference_lock(&self, uid: u32, reference: &ImageReference) -> Result<Digest> {
+        let name = format!("{uid} {}", self.reference_key(reference)?);
+        Ok(Digest::from_bytes(Sha256::digest(name).into()))
+    }
+
     /// A manifest that `uid` was given.
     pub fn manifest(&self, uid: u32, manifest: &Digest) -> Result<Option<ManifestRecord>> {
         self.read_json(&format!("confirmed/{uid}/manifests/{}", manifest.hex()))

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use super::{plugin, run};
 
-const OPTIONS: [&str; 17] = [
+const OPTIONS: [&str; 18] = [
     "--container-image=[USER@][REGISTRY#]IMAGE[:TAG]|PATH",
     "--container-mounts=SRC:DST[:FLAGS][,SRC:DST...]",
     "--container-workdir=PATH",
@@ -23,6 +23,7 @@ const OPTIONS: [&str; 17] = [
     "--container-env=NAME[,NAME...]",
     "--container-unshare=NS[,NS...]",
     "--container-device=VENDOR/CLASS=NAME[,...]",
+    "--container-pull=WHEN",
 ];
 
 /// A configuration without a cluster.
@@ -97,7 +98,7 @@ fn listed_twice_it_is_there_once() {
     let slurm = Slurm::new(&["", ""]);
     let (success, text) = slurm.run("srun", &["--help"], &[]);
     assert!(success && !text.contains("provided by both"), "{text}");
-    assert_eq!(text.matches("[pyxis] ").count(), 17, "{text}");
+    assert_eq!(text.matches("[pyxis] ").count(), OPTIONS.len(), "{text}");
     let text = slurm.srun(&["--container-workdir=/"]);
     assert_eq!(text.matches("pyxis: ignoring --container-workdir because").count(), 1, "{text}");
 }
@@ -114,6 +115,7 @@ fn bad_options_end_the_command() {
         (&["--container-mounts=/a:b"], "mount target must be a relative path or an absolute path"),
         (&["--container-env=A,"], "--container-env: invalid format: A,"),
         (&["--container-unshare=foo"], "--container-unshare: unknown namespace 'foo'"),
+        (&["--container-pull=often"], "--container-pull: must be \"always\", \"recent\", \"missing\" or \"never\""),
         (&["--container-device=gpu"], "--container-device: \"gpu\" is no device name: it must be VENDOR/CLASS=NAME"),
         (&["--container-device=a.com/gpu=0,"], "--container-device: \"\" is no device name"),
         (&["--container-name=:x"], "--container-name: empty name"),
@@ -193,5 +195,5 @@ fn the_shipped_plugstack_line_loads() {
     assert!(text.contains(&path) && text.lines().filter(|line| !line.starts_with('#')).count() == 1, "{shipped}");
     std::fs::write(slurm.directory.path().join("plugstack.conf"), text).unwrap();
     let (success, text) = slurm.run("srun", &["--help"], &[]);
-    assert!(success && text.matches("[pyxis] ").count() == 17 && !text.contains("error:"), "{text}");
+    assert!(success && text.matches("[pyxis] ").count() == OPTIONS.len() && !text.contains("error:"), "{text}");
 }

@@ -17,6 +17,7 @@ pub const CASES: &[Case] = &[
     ("names_of_docker_hub", names),
     ("names_of_a_registry", registry_names),
     ("digests", digests),
+    ("pull_policy_and_digest", pull_policy),
     ("index_with_platforms", index),
     ("everything_in_a_layer", everything_in_a_layer),
     ("distroless", distroless),
@@ -56,6 +57,32 @@ fn digests(world: &mut World) -> Result<()> {
     assert_eq!(distribution(world, &format!("alpine@{digest}"))?, "busybox");
     // The digest counts, not the tag.
     assert_eq!(distribution(world, &format!("alpine:no-such-tag@{digest}"))?, "busybox");
+    Ok(())
+}
+
+/// Which image it is stands in the environment, and when a tag that has moved is looked at again is up to the user.
+fn pull_policy(world: &mut World) -> Result<()> {
+    let name = world.new_image(1000)?;
+    let hub = &world.bed.hub;
+    let digest = || hub.digest(&format!("library/{name}"));
+    let run = |options: &[&str]| {
+        let image = format!("--container-image={name}");
+        world.sh(&[&[&*image], options].concat(), "echo $PYXIS_IMAGE_DIGEST")
+    };
+    let old = digest()?;
+    assert_eq!(run(&["-N2"])?, format!("{old}\n{old}"));
+    let other = world.new_image(1001)?;
+    hub.push(&hub.transport(&format!("library/{other}")), &format!("library/{name}"))?;
+    let new = digest()?;
+    ensure!(old != new, "the tag has not moved");
+    for policy in ["never", "missing", "recent"] {
+        assert_eq!(run(&["-N1", &format!("--container-pull={policy}")])?, old, "{policy}");
+    }
+    assert_eq!(run(&["-N2", "--container-pull=always"])?, format!("{new}\n{new}"));
+    assert_eq!(run(&["-N1"])?, new);
+    let absent = format!("--container-image={}", world.new_image(1002)?);
+    let error = world.refused(&[&absent, "--container-pull=never"], "pyxis: failed to import docker image: ")?;
+    ensure!(error.contains("the registry is not to be asked (--container-pull=never), and "), "{error}");
     Ok(())
 }
 

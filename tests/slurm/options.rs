@@ -17,7 +17,7 @@ pub const CASES: &[Case] = &[
     ("mount_home", mount_home),
 ];
 
-const NAMES: [&str; 16] = [
+const NAMES: [&str; 18] = [
     "container-image",
     "container-mounts",
     "container-workdir",
@@ -34,6 +34,8 @@ const NAMES: [&str; 16] = [
     "container-readonly",
     "container-env",
     "container-unshare",
+    "container-device",
+    "container-pull",
 ];
 
 fn help_lists_all(world: &mut World) -> Result<()> {
@@ -46,7 +48,7 @@ fn help_lists_all(world: &mut World) -> Result<()> {
             });
             ensure!(listed, "{program} --help does not list --{name}:\n{help}");
         }
-        ensure!(help.matches("[pyxis]").count() == 16, "{help}");
+        ensure!(help.matches("[pyxis]").count() == NAMES.len(), "{help}");
     }
     Ok(())
 }

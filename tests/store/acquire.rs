@@ -10,7 +10,7 @@ use std::time::Duration;
 use spank_pyxis::broker::import::{AcquireRequest, AcquiredImage, ImportError, ImportEvent, acquire_through};
 use spank_pyxis::image::reference::ImageReference;
 use spank_pyxis::importer::protocol::{Command, FailureKind, Report};
-use spank_pyxis::request::{Environment, User};
+use spank_pyxis::request::{Environment, PullPolicy, User};
 use spank_pyxis::store::{Goal, Watermark, Watermarks};
 
 use crate::fake::{FakeImporter, Registries, Repository, answer, digest, image_of, layer};
@@ -378,4 +378,93 @@ fn a_store_beyond_its_watermark_is_collected_after_an_import() {
     let image = site.acquire(&importer, ALICE, "host.example/new").unwrap();
     assert_eq!(site.layers(), [digest("new").hex()]);
     assert_eq!(contents(&image), [image_of("new")]);
+}
+
+/// What the registry is asked for the same image a second time, by policy, while its first answer counts and after that.
+#[test]
+fn the_policy_says_when_the_registry_is_asked() {
+    for (policy, while_it_counts, later, moved) in [
+        (PullPolicy::Always, (1, 1, 0), (1, 1, 0), true),
+        (PullPolicy::Recent, (0, 0, 0), (1, 1, 0), true),
+        (PullPolicy::Missing, (0, 0, 0), (1, 1, 0), false),
+    ] {
+        let mut site = site();
+        site.settings.pull = policy;
+        let registries = Registries::new([("host.example/app", Repository::with("gzip", &["old"]))]);
+        let importer = FakeImporter::honest(&registries);
+        let acquire = |site: &Site| site.acquire(&importer, ALICE, "host.example/app").unwrap();
+        let old = acquire(&site).manifest;
+        registries.counts();
+        assert_eq!(acquire(&site).manifest, old);
+        assert_eq!(registries.counts(), while_it_counts, "{policy:?}");
+        site.settings.confirmation = Duration::ZERO;
+        acquire(&site);
+        assert_eq!(registries.counts(), later, "{policy:?}");
+        // The tag moves on.
+        registries.change("host.example/app", |repository| {
+            let before = repository.images["latest"].clone();
+            repository.push("latest", "gzip", &["new"]);
+            repository.images.insert("before".into(), before);
+        });
+        assert_eq!(acquire(&site).manifest != old, moved, "{policy:?}");
+        site.assert_tidy();
+    }
+}
+
+#[test]
+fn what_is_kept_is_still_asked_for() {
+    let mut site = site();
+    site.settings.pull = PullPolicy::Missing;
+    let private = Repository::with("gzip", &["secret"]).only_for(&[ALICE]);
+    let registries = Registries::new([("host.example/private", private)]);
+    let importer = FakeImporter::honest(&registries);
+    site.acquire(&importer, ALICE, "host.example/private").unwrap();
+    site.settings.confirmation = Duration::ZERO;
+    registries.change("host.example/private", |repository| repository.users = vec![BOB]);
+    refused(site.acquire(&importer, ALICE, "host.example/private"), FailureKind::Denied);
+    // A manifest that the registry has no more: then what the tag means now.
+    registries.change("host.example/private", |repository| {
+        repository.users = vec![];
+        repository.push("latest", "gzip", &["other"]);
+    });
+    let image = site.acquire(&importer, ALICE, "host.example/private").unwrap();
+    assert_eq!(contents(&image), [image_of("other")]);
+}
+
+#[test]
+fn never_is_never() {
+    let mut site = site();
+    let registries = Registries::new([("host.example/app", Repository::with("gzip", &["base"]))]);
+    let importer = FakeImporter::honest(&registries);
+    let acquire = |site: &Site| site.acquire(&importer, ALICE, "host.example/app");
+    site.settings.pull = PullPolicy::Never;
+    let refused = acquire(&site).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "the registry is not to be asked (--container-pull=never), and host.example/app:latest is not in the store, or \
+         no registry has confirmed within 300 s that you may have it: use --container-pull=missing"
+    );
+    site.settings.pull = PullPolicy::Recent;
+    acquire(&site).unwrap();
+    site.settings.pull = PullPolicy::Never;
+    acquire(&site).unwrap();
+    assert_eq!(registries.counts(), (1, 0, 1));
+    site.settings.confirmation = Duration::ZERO;
+    assert!(matches!(acquire(&site), Err(ImportError::NotAsked { .. })));
+    assert_eq!(registries.counts(), (0, 0, 0));
+}
+
+/// The benchmark has the same with a thousand steps and a real registry.
+#[test]
+fn many_steps_at_once_ask_once() {
+    let site = site();
+    let registries = Registries::new([("host.example/app", Repository::with("gzip", &["base"]))]);
+    let importer = FakeImporter::honest(&registries);
+    std::thread::scope(|scope| {
+        for _ in 0..20 {
+            scope.spawn(|| site.acquire(&importer, ALICE, "host.example/app").unwrap());
+        }
+    });
+    assert_eq!(registries.counts(), (1, 0, 1));
+    site.assert_tidy();
 }

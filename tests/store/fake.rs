@@ -105,6 +105,7 @@ pub struct Served {
     pub channel: Channel<Report, Command>,
     pub uid: u32,
     pub origin: String,
+    pub found: bool,
     pub layers: Vec<LayerDescriptor>,
 }
 
@@ -142,7 +143,7 @@ impl StartImporter for FakeImporter {
 }
 
 fn serve(registries: Registries, answer: Answer, channel: Channel<Report, Command>) {
-    let mut served = Served { registries, channel, uid: 0, origin: String::new(), layers: vec![] };
+    let mut served = Served { registries, channel, uid: 0, origin: String::new(), found: false, layers: vec![] };
     while let Ok(Some((command, mut descriptors))) = served.channel.receive() {
         if let Command::Resolve { reference, .. } = &command {
             let mut uid = String::new();
@@ -158,7 +159,11 @@ impl Served {
     fn look_up(&mut self, reference: &ImageReference) {
         self.origin = format!("{}/{}", reference.registry, reference.repository);
         let repository = self.registries.repository(&self.origin);
-        self.layers = repository.images.get(&reference.tag_or_digest).cloned().unwrap_or_default();
+        let by_digest = |layers: &&Vec<LayerDescriptor>| manifest_of(layers).to_string() == reference.tag_or_digest;
+        let found = repository.images.get(&reference.tag_or_digest);
+        let found = found.or_else(|| repository.images.values().find(by_digest)).cloned();
+        self.found = found.is_some();
+        self.layers = found.unwrap_or_default();
     }
 
     pub fn report(&self, report: &Report) {
@@ -172,7 +177,7 @@ impl Served {
 
     pub fn resolved(&self) -> Report {
         Report::Resolved {
-            manifest: digest(format!("{:?}", self.layers)),
+            manifest: manifest_of(&self.layers),
             origin: self.origin.clone(),
             layers: self.layers.clone(),
             warnings: vec![],
@@ -193,6 +198,10 @@ impl Served {
     }
 }
 
+fn manifest_of(layers: &[LayerDescriptor]) -> Digest {
+    digest(format!("{layers:?}"))
+}
+
 /// Writes a layer image and reports it.
 pub fn deliver(served: &Served, layer: usize, image: &[u8], file: OwnedFd) {
     let mut file = File::from(file);
@@ -211,7 +220,7 @@ pub fn answer(served: &Served, command: Command, mut descriptors: Vec<OwnedFd>) 
         return served.fail(FailureKind::Denied, "the registry refuses");
     }
     match command {
-        Command::Resolve { .. } if served.registries.repository(&served.origin).images.is_empty() => {
+        Command::Resolve { .. } if !served.found => {
             served.fail(FailureKind::NotFound, "no such image");
         }
         Command::Resolve { .. } => {

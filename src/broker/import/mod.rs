@@ -5,11 +5,13 @@
 //! importer reads hostile data and is not trusted.
 //!
 //! * [`acquire`]: the warm path, and what is remembered after the cold one;
+//! * [`known`]: what the store knows of an image, and whose turn it is to ask the registry;
 //! * [`local`]: the same for an image that the user has on this machine;
 //! * [`session`]: the conversation with one importer, and what becomes of each layer;
 //! * [`process`]: the importer and the credentials reader as child processes;
 //! * [`roles`]: their first steps, in which they take on their identities.
 
+mod known;
 mod local;
 mod process;
 mod roles;
@@ -23,10 +25,11 @@ use crate::config::RegistryConfig;
 use crate::image::digest::Digest;
 use crate::image::reference::ImageReference;
 use crate::importer::protocol::{Command, FailureKind, ImportLimits};
-use crate::request::{Environment, User};
+use crate::request::{Environment, PullPolicy, User};
 use crate::store::{
     Goal, LeasedLayer, ManifestRecord, PinnedMounts, ReferenceRecord, Store, StoreError, Watermarks, count, now, size,
 };
+use known::{Known, Turn};
 pub use local::{LocalRequest, OpenedImage, acquire_local, convert, open_imported, open_local};
 pub(super) use process::start_reader;
 pub use process::{Child, Importer, Processes, StartImporter};
@@ -42,6 +45,8 @@ pub struct ImportSettings {
     pub limits: ImportLimits,
     /// How long a user may go on using an image before the registry is asked again whether he may have it.
     pub confirmation: Duration,
+    /// When to ask it about an image that the store has.
+    pub pull: PullPolicy,
     /// Space that an import needs, as a multiple of the size of the blobs it downloads. Layers of usual images grow two-
     /// to threefold.
     pub space_factor: f64,
@@ -61,6 +66,7 @@ impl Default for ImportSettings {
             registries: RegistryConfig::default(),
             limits: ImportLimits { max_layer_bytes: 1 << 40, max_layer_entries: 10_000_000, max_connections: 8 },
             confirmation: Duration::from_secs(300),
+            pull: PullPolicy::Recent,
             space_factor: 3.0,
             watermarks: Watermarks::default(),
             importer_user: "pyxis".into(),
@@ -178,6 +184,17 @@ pub enum ImportError {
         /// `HOST[:PORT]/REPOSITORY`.
         origin: String,
     },
+    /// The registry was not to be asked.
+    #[error(
+        "the registry is not to be asked (--container-pull=never), and {image} is not in the store, or no registry has \
+         confirmed within {seconds} s that you may have it: use --container-pull=missing"
+    )]
+    NotAsked {
+        /// The image.
+        image: String,
+        /// `store.confirmation_seconds`.
+        seconds: u64,
+    },
     /// The file system of the store is too full.
     #[error(
         "no space to import {image}: about {needed} needed, {available} available in {path}, and the rest is in use: \
@@ -223,14 +240,58 @@ pub fn acquire_through(
     cancel: &[BorrowedFd<'_>],
     events: &mut dyn FnMut(ImportEvent),
 ) -> Result<AcquiredImage, ImportError> {
-    if let Some(image) = remembered(store, settings, request)? {
+    let known = Known { store, settings, request };
+    if settings.pull != PullPolicy::Always
+        && let Some(image) = known.confirmed()?
+    {
         return Ok(image);
     }
+    if settings.pull == PullPolicy::Never {
+        return Err(ImportError::NotAsked {
+            image: request.reference.to_string(),
+            seconds: settings.confirmation.as_secs(),
+        });
+    }
     events(ImportEvent::NetworkStart);
+    // A thousand steps that begin at once ask once.
+    let lock = match settings.pull {
+        PullPolicy::Always => None,
+        _ => match known.lock(cancel, events)? {
+            Turn::Ours(lock) => Some(lock),
+            Turn::Done(image) => return Ok(AcquiredImage { from_network: true, ..image }),
+        },
+    };
+    let mut ask = |reference: &ImageReference| {
+        let request = AcquireRequest { reference, ..request };
+        import(starter, known, request, pinned, cancel, events)
+    };
+    let image = match known.pinned()? {
+        Some(pinned) => match ask(&pinned) {
+            // It is not there any more, whatever the tag means now.
+            Err(ImportError::Refused { kind: FailureKind::NotFound, .. }) => ask(request.reference),
+            outcome => outcome,
+        },
+        None => ask(request.reference),
+    }?;
+    drop(lock);
+    collect(store, settings, pinned, events);
+    Ok(image)
+}
+
+/// Asks the registry for the image `request` and notes that its user was given it by the name in `known`.
+fn import(
+    starter: &dyn StartImporter,
+    known: Known<'_>,
+    request: AcquireRequest<'_>,
+    pinned: &dyn PinnedMounts,
+    cancel: &[BorrowedFd<'_>],
+    events: &mut dyn FnMut(ImportEvent),
+) -> Result<AcquiredImage, ImportError> {
+    let Known { store, settings, .. } = known;
     // What the registry says counts from before it was asked.
     let confirmed_at = now();
     let importer = starter.start(settings, request, events)?;
-    let subject = (Some(request.reference), request.reference.to_string());
+    let subject = (Some(request.reference), known.request.reference.to_string());
     let mut session = Session::new(store, settings, subject, pinned, cancel, events, importer);
     let image = session.resolve(&Command::Resolve {
         reference: request.reference.clone(),
@@ -239,20 +300,20 @@ pub fn acquire_through(
     })?;
     let uid = request.user.uid;
     let before = store.manifest(uid, &image.manifest)?;
-    let confirmed = before.is_some_and(|before| {
-        is_fresh(before.confirmed_at, settings.confirmation)
-            && before.origin == image.origin
-            && before.layers == image.layers
-    });
+    let confirmed = settings.pull != PullPolicy::Always
+        && before.is_some_and(|before| {
+            is_fresh(before.confirmed_at, settings.confirmation)
+                && before.origin == image.origin
+                && before.layers == image.layers
+        });
     let layers = session.obtain(&image, confirmed)?;
     drop(session);
 
     let config = store.keep_config(&image.config)?;
-    let reference = without_password(request.reference);
+    let reference = without_password(known.request.reference);
     let reference = ReferenceRecord { reference, manifest: image.manifest, confirmed_at };
     let manifest = ManifestRecord { origin: image.origin, config, layers: image.layers, confirmed_at };
     store.confirm(uid, &reference, &manifest)?;
-    collect(store, settings, pinned, events);
     Ok(AcquiredImage { manifest: reference.manifest, config: image.config, layers, from_network: true })
 }
 
@@ -268,27 +329,6 @@ fn collect(store: &Store, settings: &ImportSettings, pinned: &dyn PinnedMounts, 
         // The image is there: the next import or `pyxis gc` will try again.
         Err(error) => events(ImportEvent::Log(error.to_string())),
     }
-}
-
-/// The image as this user was given it a short time ago, if all of it is still there.
-fn remembered(
-    store: &Store,
-    settings: &ImportSettings,
-    request: AcquireRequest<'_>,
-) -> Result<Option<AcquiredImage>, StoreError> {
-    let uid = request.user.uid;
-    let Some(reference) = store.reference(uid, &without_password(request.reference))? else { return Ok(None) };
-    if !is_fresh(reference.confirmed_at, settings.confirmation) {
-        return Ok(None);
-    }
-    let Some(manifest) = store.manifest(uid, &reference.manifest)? else { return Ok(None) };
-    let Some(config) = store.config(&manifest.config)? else { return Ok(None) };
-    let mut layers = Vec::with_capacity(manifest.layers.len());
-    for layer in &manifest.layers {
-        let Some(lease) = store.lease(&layer.diff_id)? else { return Ok(None) };
-        layers.push(lease);
-    }
-    Ok(Some(AcquiredImage { manifest: reference.manifest, config, layers, from_network: false }))
 }
 
 /// Whether something confirmed at `at` still counts. The future does not: it comes from a wrong clock.

@@ -476,13 +476,7 @@ impl<'a, 'e> Session<'a, 'e> {
 
     /// Lets some time pass, unless the import is cancelled.
     fn pause(&self) -> Result<(), ImportError> {
-        let mut watched: Vec<_> =
-            self.cancel.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::RDHUP)).collect();
-        let timeout = RETRY_PAUSE.try_into().ok();
-        match rustix::event::poll(&mut watched, timeout.as_ref()) {
-            Ok(0) | Err(_) => Ok(()),
-            Ok(_) => Err(ImportError::Cancelled { image: self.image() }),
-        }
+        pause(self.cancel, &self.shown)
     }
 
     /// The config from the memory file of a `Resolved` report.
@@ -557,6 +551,16 @@ impl<'a, 'e> Session<'a, 'e> {
 
     fn image(&self) -> String {
         self.shown.clone()
+    }
+}
+
+/// Lets some time pass, unless the import of `shown` is cancelled.
+pub(super) fn pause(cancel: &[BorrowedFd<'_>], shown: &str) -> Result<(), ImportError> {
+    let mut watched: Vec<_> = cancel.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::RDHUP)).collect();
+    let timeout = RETRY_PAUSE.try_into().ok();
+    match rustix::event::poll(&mut watched, timeout.as_ref()) {
+        Ok(0) | Err(_) => Ok(()),
+        Ok(_) => Err(ImportError::Cancelled { image: shown.to_owned() }),
     }
 }
 

@@ -130,7 +130,8 @@ impl Registry {
     /// Pushes the image at `source` (in skopeo's notation, such as `oci:DIRECTORY:TAG`) as `REPOSITORY:TAG`, byte by
     /// byte: nothing is compressed again.
     pub fn push(&self, source: &str, reference: &str) -> Result<()> {
-        self.skopeo(&["copy", "--all", "--preserve-digests", "--dest-tls-verify=false"], "--dest-creds", |command| {
+        let arguments = ["copy", "--all", "--preserve-digests", "--src-tls-verify=false", "--dest-tls-verify=false"];
+        self.skopeo(&arguments, "--dest-creds", |command| {
             command.arg(source).arg(self.transport(reference));
         })
         .with_context(|| format!("cannot push {reference}"))

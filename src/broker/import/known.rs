@@ -1,0 +1,93 @@
+//! What the store knows of an image, and whose turn it is to ask the registry.
+
+#![forbid(unsafe_code)]
+
+use std::os::fd::BorrowedFd;
+
+use super::session::pause;
+use super::{AcquireRequest, AcquiredImage, ImportError, ImportEvent, ImportSettings, is_fresh, without_password};
+use crate::image::reference::ImageReference;
+use crate::request::PullPolicy;
+use crate::store::{FetchLock, ReferenceRecord, Store, StoreError};
+
+/// An image that a user asks for, as far as the store knows it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Known<'a> {
+    pub store: &'a Store,
+    pub settings: &'a ImportSettings,
+    pub request: AcquireRequest<'a>,
+}
+
+/// Whose turn it is.
+#[derive(Debug)]
+pub(super) enum Turn<'a> {
+    /// Ours, until the lock is dropped.
+    Ours(FetchLock<'a>),
+    /// Another process of this user's has asked meanwhile.
+    Done(AcquiredImage),
+}
+
+impl<'a> Known<'a> {
+    fn record(&self) -> Result<Option<ReferenceRecord>, StoreError> {
+        self.store.reference(self.request.user.uid, &without_password(self.request.reference))
+    }
+
+    /// The image as this user was given it a short time ago, if all of it is still there.
+    pub fn confirmed(&self) -> Result<Option<AcquiredImage>, StoreError> {
+        match self.record()? {
+            Some(record) if is_fresh(record.confirmed_at, self.settings.confirmation) => self.image(&record),
+            _ => Ok(None),
+        }
+    }
+
+    /// The image of a record, if all of it is still there.
+    fn image(&self, record: &ReferenceRecord) -> Result<Option<AcquiredImage>, StoreError> {
+        let store = self.store;
+        let Some(manifest) = store.manifest(self.request.user.uid, &record.manifest)? else { return Ok(None) };
+        let Some(config) = store.config(&manifest.config)? else { return Ok(None) };
+        let mut layers = Vec::with_capacity(manifest.layers.len());
+        for layer in &manifest.layers {
+            let Some(lease) = store.lease(&layer.diff_id)? else { return Ok(None) };
+            layers.push(lease);
+        }
+        Ok(Some(AcquiredImage { manifest: record.manifest, config, layers, from_network: false }))
+    }
+
+    /// With [`PullPolicy::Missing`]: what the user's name for the image meant when he was last given it, if that is still
+    /// there. The registry has to confirm that he may have it, and is not asked what the name means now.
+    pub fn pinned(&self) -> Result<Option<ImageReference>, StoreError> {
+        if self.settings.pull != PullPolicy::Missing {
+            return Ok(None);
+        }
+        let Some(record) = self.record()? else { return Ok(None) };
+        let there = self.image(&record)?.is_some();
+        let reference = self.request.reference;
+        Ok(there.then(|| ImageReference { tag_or_digest: record.manifest.to_string(), ..reference.clone() }))
+    }
+
+    /// Waits for the right to ask the registry, which one process at a time has for a user and an image: the others find
+    /// what it has learned.
+    pub fn lock(
+        &self,
+        cancel: &[BorrowedFd<'_>],
+        events: &mut dyn FnMut(ImportEvent),
+    ) -> Result<Turn<'a>, ImportError> {
+        let name = self.store.reference_lock(self.request.user.uid, &without_password(self.request.reference))?;
+        let mut told = false;
+        loop {
+            let lock = self.store.try_lock(&name)?;
+            // The previous holder may have noted it just before.
+            if let Some(image) = self.confirmed()? {
+                return Ok(Turn::Done(image));
+            }
+            if let Some(lock) = lock {
+                return Ok(Turn::Ours(lock));
+            }
+            if !std::mem::replace(&mut told, true) {
+                let image = self.request.reference;
+                events(ImportEvent::Log(format!("waiting for another step of the user's that imports {image}")));
+            }
+            pause(cancel, &self.request.reference.to_string())?;
+        }
+    }
+}
