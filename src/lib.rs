@@ -5,8 +5,8 @@
 //!
 //! Data goes one way: `options` → `request` → `broker` (→ `importer`) → `init` → `task`.
 //!
-//! * `plugin/` depends only on `options`, `request`, `task`, `image::reference`, `mounts::{spec, entry}` and `sys`: network,
-//!   archive and crypto code is never linked into the plugin.
+//! * `plugin/` depends only on `options`, `request`, `task`, `image::reference`, `mounts::{spec, entry}`, `devices::access` and
+//!   `sys`: network, archive and crypto code is never linked into the plugin.
 //! * `broker`, `importer` and `init` are the three processes of a container start, each with an identity of its own.
 
 pub mod broker;

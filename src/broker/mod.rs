@@ -9,6 +9,7 @@
 
 mod image;
 pub mod import;
+mod inventory;
 mod named;
 mod squashfs;
 mod trace;
@@ -31,6 +32,7 @@ use crate::container::kept::KeptContainer;
 use crate::container::record::{Lower, Record};
 use crate::container::running::{Instance, Running};
 use crate::container::{FullName, InUse};
+use crate::devices::access::DeviceAccess;
 use crate::hooks::workspace::Workspace;
 use crate::image::digest::Digest;
 use crate::image::reference::ImageReference;
@@ -446,10 +448,11 @@ impl Step<'_> {
         if let (Some(name), Some(instance)) = (&self.name, registered) {
             self.running.set_ready(name, &instance).map_err(failed("registration"))?;
         }
-        let Ready { workdir, entrypoint, cgroup_namespace, descriptors } = ready;
+        let Ready { workdir, entrypoint, cgroup_namespace, gpu_numbers, descriptors } = ready;
         let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
         let wait = entrypoint.is_some();
-        let message = ToLeader::Ready { init: init.as_raw_nonzero().get(), workdir, entrypoint, cgroup_namespace };
+        let init = init.as_raw_nonzero().get();
+        let message = ToLeader::Ready { init, workdir, entrypoint, cgroup_namespace, gpu_numbers };
         self.leader.channel.send(&message, &descriptors).map_err(|_| BrokerError::Cancelled)?;
         if wait { self.stand_by() } else { Ok(()) }
     }
@@ -541,6 +544,7 @@ struct Ready {
     workdir: String,
     entrypoint: Option<Entrypoint>,
     cgroup_namespace: Option<bool>,
+    gpu_numbers: Vec<(u32, u32)>,
     descriptors: Vec<OwnedFd>,
 }
 
@@ -571,7 +575,14 @@ struct Leader<'a> {
     /// It is in `task_init`, and so in its cgroups.
     arrived: bool,
     /// What it sent with `Proceed`.
-    proceed: Option<(bool, Vec<OwnedFd>)>,
+    proceed: Option<Proceed>,
+}
+
+/// See [`ToBroker::Proceed`].
+struct Proceed {
+    cgroup_namespace: bool,
+    devices: DeviceAccess,
+    descriptors: Vec<OwnedFd>,
 }
 
 impl Leader<'_> {
@@ -583,8 +594,8 @@ impl Leader<'_> {
     fn receive(&mut self) -> Result<(), BrokerError> {
         match self.channel.receive().map_err(failed("task"))? {
             Some((ToBroker::Arrived, _)) => self.arrived = true,
-            Some((ToBroker::Proceed { cgroup_namespace }, descriptors)) => {
-                self.proceed = Some((cgroup_namespace, descriptors));
+            Some((ToBroker::Proceed { cgroup_namespace, devices }, descriptors)) => {
+                self.proceed = Some(Proceed { cgroup_namespace, devices, descriptors });
             }
             None => return Err(BrokerError::Cancelled),
         }
@@ -608,7 +619,7 @@ impl Step<'_> {
         init_channel: &Channel<ToInit, FromInit>,
         server: Option<&FuseServer>,
     ) -> Result<Option<Ready>, BrokerError> {
-        let Self { leader, life, began, .. } = self;
+        let Self { leader, life, config, request, began, .. } = self;
         let init = init.as_raw_nonzero().get();
         loop {
             let mut watched = [
@@ -637,12 +648,17 @@ impl Step<'_> {
                         }
                         init_channel.send(&ToInit::InTaskCgroup, &[]).map_err(|_| vanished())?;
                     }
+                    Some((FromInit::WantInventory, _)) => {
+                        let patience = Patience { leader: leader.channel.as_fd(), life: life.as_fd() };
+                        let problem = inventory::take(patience, config, request.user.uid)?;
+                        init_channel.send(&ToInit::Inventory { problem }, &[]).map_err(|_| vanished())?;
+                    }
                     Some((FromInit::Started, _)) => {
                         leader.channel.send(&ToLeader::Started { init }, &[]).map_err(|_| BrokerError::Cancelled)?;
                     }
-                    Some((FromInit::Ready { workdir, entrypoint, cgroup_namespace }, descriptors)) => {
+                    Some((FromInit::Ready { workdir, entrypoint, cgroup_namespace, gpu_numbers }, descriptors)) => {
                         tracing::info!("completed container setup in {} ms", began.elapsed().as_millis());
-                        return Ok(Some(Ready { workdir, entrypoint, cgroup_namespace, descriptors }));
+                        return Ok(Some(Ready { workdir, entrypoint, cgroup_namespace, gpu_numbers, descriptors }));
                     }
                     Some((FromInit::Squashfuse { owner }, device)) => {
                         if let (Some(device), Some(server)) = (device.first(), server) {
@@ -656,9 +672,10 @@ impl Step<'_> {
             }
             if !from_leader.is_empty() {
                 leader.receive()?;
-                if let Some((cgroup_namespace, descriptors)) = leader.proceed.take() {
+                if let Some(Proceed { cgroup_namespace, devices, descriptors }) = leader.proceed.take() {
                     let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
-                    init_channel.send(&ToInit::Proceed { cgroup_namespace }, &descriptors).map_err(|_| vanished())?;
+                    let proceed = ToInit::Proceed { cgroup_namespace, devices };
+                    init_channel.send(&proceed, &descriptors).map_err(|_| vanished())?;
                     // While init is busy: this takes some milliseconds.
                     if let Some(server) = server {
                         server.join(leader.pid);

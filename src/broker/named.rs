@@ -83,6 +83,21 @@ impl Patience<'_> {
             false => Err(BrokerError::Cancelled),
         }
     }
+
+    /// Whether `process` has ended, after a moment at most; fails if the step is over.
+    pub fn has_ended(&self, process: &OwnedFd) -> Result<bool, BrokerError> {
+        let ended = || {
+            let mut watched = [PollFd::new(process, PollFlags::IN)];
+            let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+            rustix::event::poll(&mut watched, Some(&now)).map_err(failed("poll"))?;
+            Ok(!watched[0].revents().is_empty())
+        };
+        if ended()? {
+            return Ok(true);
+        }
+        self.wait(Some(process.as_fd()))?;
+        ended()
+    }
 }
 
 /// Chooses for the container `name`, which `request` wants to be kept in `mode`.
@@ -251,13 +266,6 @@ pub(super) fn record_of_tree(request: &StepRequest, path: PathBuf) -> Record {
 
 /// Waits until a container that is ending has ended.
 pub(super) fn wait_for_end(patience: Patience<'_>, pidfd: &OwnedFd) -> Result<(), BrokerError> {
-    loop {
-        let mut watched = [PollFd::new(pidfd, PollFlags::IN)];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        rustix::event::poll(&mut watched, Some(&now)).map_err(failed("poll"))?;
-        if !watched[0].revents().is_empty() {
-            return Ok(());
-        }
-        patience.wait(Some(pidfd.as_fd()))?;
-    }
+    while !patience.has_ended(pidfd)? {}
+    Ok(())
 }

@@ -37,6 +37,8 @@ pub const EPILOG: &str = "pyxis-epilog";
 /// `argv[0]` of the process that lets a site's importer clean up; see [`crate::task::importer`].
 pub const RELEASE: &str = "pyxis-release";
 
+/// `argv[0]` of the process that asks NVML; see [`crate::devices::nvidia::inventory`].
+pub const INVENTORY: &str = "pyxis-inventory";
 /// `argv[0]` of the process that serves a squashfs file; see [`crate::squashfuse`].
 pub const SQUASHFUSE: &str = "pyxis-squashfuse";
 
@@ -73,6 +75,7 @@ pub fn main() -> ExitCode {
         Some(role) if role == CREDENTIALS.as_bytes() => crate::broker::import::credentials_role(arguments),
         Some(role) if role == SQUASHFUSE.as_bytes() => crate::broker::import::squashfuse_role(arguments),
         Some(role) if role == SOURCE.as_bytes() => crate::broker::import::source_role(arguments),
+        Some(role) if role == INVENTORY.as_bytes() => crate::broker::import::inventory_role(arguments),
         Some(role) if role == SAVER.as_bytes() => crate::export::saver::main(arguments),
         Some(name) if name == ENROOT.as_bytes() => enroot::main(),
         Some(role) if role == ENROOT_MOUNT.as_bytes() => crate::hooks::mount::main(arguments),

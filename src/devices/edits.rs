@@ -29,6 +29,9 @@ pub struct ContainerEdits {
     pub hooks: Vec<Hook>,
     /// Supplementary groups that the devices' nodes want.
     pub additional_gids: Vec<u32>,
+    /// What Slurm calls each GPU that the container sees, in the task's `CUDA_VISIBLE_DEVICES`, and its number in the container.
+    /// Empty if none differ.
+    pub gpu_numbers: Vec<(u32, u32)>,
     /// For the user, a line each: what will not work, though the container starts.
     pub notices: Vec<String>,
     /// For the node's log.
@@ -47,6 +50,7 @@ impl ContainerEdits {
         self.env.extend(other.env);
         self.hooks.extend(other.hooks);
         self.additional_gids.extend(other.additional_gids);
+        self.gpu_numbers.extend(other.gpu_numbers);
         self.notices.extend(other.notices);
         self.log.extend(other.log);
     }

@@ -1,12 +1,16 @@
 //! What a container needs of the host's devices and services, worked out as data and applied by container init.
 
+pub mod access;
 pub mod apply;
 pub mod cdi;
 pub mod edits;
+pub mod host;
 pub mod ldcache;
+pub mod nvidia;
 pub mod plan;
 pub mod pmix;
 pub mod private;
 pub mod remains;
 pub mod root;
 pub mod settings;
+pub mod slurm_config;

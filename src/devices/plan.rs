@@ -4,7 +4,11 @@
 
 use std::path::Path;
 
+use super::access::DeviceAccess;
 use super::edits::ContainerEdits;
+use super::host::Host;
+use super::nvidia;
+use super::nvidia::select::TakeInventory;
 use super::root::RootTraits;
 use super::settings::DeviceSettings;
 use crate::request::{Environment, StepRequest};
@@ -12,12 +16,18 @@ use crate::request::{Environment, StepRequest};
 /// What a plan is made from.
 #[derive(Clone, Copy)]
 pub struct Inputs<'a> {
+    /// The files of the node.
+    pub node: &'a Host,
     /// What the user asked for.
     pub request: &'a StepRequest,
     /// The leading task's environment, with the settings of `enroot.conf`: what runs on the host for the container has it.
     pub host: &'a Environment,
     /// The container's environment so far: the image's, `environ.d`, `--container-env`, the site's hooks.
     pub container: &'a Environment,
+    /// The environment that the step began with: what Slurm says of its resources, before any task's binding.
+    pub job: &'a Environment,
+    /// The device nodes that the job's cgroup refuses to the leading task.
+    pub refused: &'a DeviceAccess,
     /// Whether the leading task may use a device node of the host.
     pub may_use: &'a dyn Fn(&Path) -> bool,
     /// Whether the container has a `/dev` of its own, which shows nothing of the host's hardware by itself.
@@ -43,6 +53,17 @@ impl<'a> Inputs<'a> {
     pub fn variable(&self, name: &str) -> Option<&'a [u8]> {
         self.host.get(name).or_else(|| self.container.get(name))
     }
+
+    fn nvidia(&self) -> nvidia::Request<'a> {
+        nvidia::Request {
+            host: self.node,
+            variables: self.host,
+            container: self.container,
+            job: self.job,
+            step: self.request.step.as_ref().map(|facts| facts.step_id),
+            refused: self.refused,
+        }
+    }
 }
 
 /// Why a container cannot have the devices that it asks for: one line that says it all.
@@ -50,9 +71,7 @@ impl<'a> Inputs<'a> {
 #[error("{0}")]
 pub struct DeviceError(pub String);
 
-/// What the devices of one container need.
-pub fn plan(inputs: &Inputs<'_>) -> Result<ContainerEdits, DeviceError> {
-    let edits = ContainerEdits::default();
-    let _ = inputs;
-    Ok(edits)
+/// What the devices of one container need. `take_inventory` asks NVML, which takes long: only if it cannot be avoided.
+pub fn plan(inputs: &Inputs<'_>, take_inventory: &mut TakeInventory<'_>) -> Result<ContainerEdits, DeviceError> {
+    nvidia::plan(&inputs.nvidia(), take_inventory).map_err(|error| DeviceError(error.to_string()))
 }

@@ -8,6 +8,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::devices::slurm_config;
 use crate::mounts::entry::MountEntry;
 use crate::request::Environment;
 
@@ -77,20 +78,16 @@ fn client_base(task: &Environment, read_config: &dyn Fn(&Path) -> Option<String>
     if let Some(directory) = task.get_str("SLURM_PMIX_TMPDIR") {
         return directory.into();
     }
-    let config = Path::new(task.get_str("SLURM_CONF").unwrap_or("/etc/slurm/slurm.conf"));
-    let setting = |file: &Path, key| read_config(file).and_then(|text| value(&text, key));
+    let config = slurm_config::path(task);
+    let setting = |file: &Path, key| {
+        let text = read_config(file)?;
+        slurm_config::value(&text, key).filter(|value| value.starts_with('/')).map(str::to_owned)
+    };
     let directory = setting(&config.with_file_name("mpi.conf"), "PMIxCliTmpDirBase")
         .or_else(|| setting(config, "TmpFS"))
         .unwrap_or_else(|| "/tmp".into());
     let node = task.get_str("SLURMD_NODENAME").unwrap_or_default();
     directory.replace("%n", node).into()
-}
-
-/// The value of `key` in a configuration file of Slurm's: the last one counts.
-fn value(text: &str, key: &str) -> Option<String> {
-    let assignments = text.lines().filter_map(|line| line.split('#').next()?.split_once('='));
-    let mut values = assignments.filter(|(name, _)| name.trim().eq_ignore_ascii_case(key));
-    values.next_back().map(|(_, value)| value.trim().to_owned()).filter(|value| value.starts_with('/'))
 }
 
 /// The bind of `directory` on itself.

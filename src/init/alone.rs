@@ -20,6 +20,8 @@ use super::entrypoint;
 use super::furnish::{Furnished, Furnisher, Outside};
 use super::site::Site;
 use super::{InitError, Start, pivot, step};
+use crate::devices::access::DeviceAccess;
+use crate::devices::nvidia::inventory;
 use crate::hooks::workspace::Workspace;
 use crate::image::config::ImageConfig;
 use crate::mounts::entry::Create;
@@ -213,7 +215,7 @@ impl<'a> Alone<'a> {
             mount_proc(furnisher.root()).map_err(step("mount /proc"))?;
         }
         let mut here = Here(Vec::new());
-        furnisher.with_the_task(start.environment, &mut here)?;
+        furnisher.with_the_task(start.environment, &DeviceAccess::of_this_process(), &mut here)?;
         let Furnished { mut environment, root, mut log, .. } = furnisher.finish(&login);
         log.extend(here.0);
         rustix::process::fchdir(&root).map_err(step("enter the root filesystem"))?;
@@ -247,6 +249,10 @@ impl Outside for Here {
 
     fn enter_task_cgroup(&mut self) -> Result<(), InitError> {
         Ok(())
+    }
+
+    fn take_inventory(&mut self, _start: &Start<'_>) -> Result<Vec<u8>, String> {
+        inventory::take_elsewhere()
     }
 }
 

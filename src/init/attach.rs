@@ -94,5 +94,7 @@ fn join(attach: &Attach<'_>) -> Result<Ready, InitError> {
         entrypoint: Probe::of(entrypoint).map_err(step("entrypoint"))?,
         cgroup_namespace: Some(namespaces.contains(ThreadNameSpaceType::CONTROL_GROUP)),
         hook_variables: hook_variables::keep(&hook_variables).map_err(step("environment"))?,
+        // The container has the devices of the step that made it, and Slurm's numbers are this step's.
+        gpu_numbers: Vec::new(),
     })
 }

@@ -4,8 +4,13 @@
 
 use rustix::fs::Access;
 
+use super::furnish::Outside;
 use super::{InitError, Start};
+use crate::devices::access::DeviceAccess;
 use crate::devices::apply::{Future, Place, apply};
+use crate::devices::host::Host;
+use crate::devices::nvidia::driver::Driver;
+use crate::devices::nvidia::inventory::{self, Inventory};
 use crate::devices::plan::{Inputs, plan};
 use crate::devices::root::RootTraits;
 use crate::hooks::workspace::Workspace;
@@ -18,30 +23,39 @@ use crate::task::UserMessage;
 pub struct Appeared {
     /// For the container's environment.
     pub variables: Vec<(String, String)>,
+    /// See [`ContainerEdits::gpu_numbers`](crate::devices::edits::ContainerEdits::gpu_numbers).
+    pub gpu_numbers: Vec<(u32, u32)>,
     /// For the node's log.
     pub log: Vec<String>,
 }
 
 /// Plans the devices of the container below `root`, and lets them appear. `host` is the environment of what runs on the host
-/// for the container, `container` the container's own.
+/// for the container, `container` the container's own; `refused` is what the cgroups keep the job from.
 pub fn appear(
     start: &Start<'_>,
     root: RootDir<'_>,
     private_dev: bool,
     (host, container): (&Environment, &Environment),
-    say: &mut dyn FnMut(UserMessage),
+    refused: &DeviceAccess,
+    outside: &mut dyn Outside,
 ) -> Result<Appeared, InitError> {
     let traits = RootTraits::of(root);
+    let node = Host::default();
     let inputs = Inputs {
+        node: &node,
         request: start.request,
         host,
         container,
-        may_use: &|path| rustix::fs::access(path, Access::READ_OK | Access::WRITE_OK).is_ok(),
+        job: start.environment,
+        refused,
+        may_use: &|path| refused.allows(path) && rustix::fs::access(path, Access::READ_OK | Access::WRITE_OK).is_ok(),
         private_dev,
         settings: start.devices,
         root: &traits,
     };
-    let edits = plan(&inputs).map_err(|error| InitError::Other(error.to_string()))?;
+    let edits =
+        plan(&inputs, &mut || inventory(start, &node, outside)).map_err(|error| InitError::Other(error.to_string()))?;
+    let say = &mut |message| outside.say(message);
     for notice in edits.notices.iter().cloned().chain(missing_groups(start, &edits.additional_gids)) {
         say(UserMessage::Notice(format!("pyxis: {notice}")));
     }
@@ -58,7 +72,19 @@ pub fn appear(
         workshop: &Workspace::mount_point(start.runtime),
     };
     apply(&place, &edits, say).map_err(|error| InitError::Other(error.to_string()))?;
-    Ok(Appeared { variables: edits.env, log: edits.log })
+    Ok(Appeared { variables: edits.env, gpu_numbers: edits.gpu_numbers, log: edits.log })
+}
+
+/// What NVML knows, if it was asked since something has changed, or else asked now.
+fn inventory(start: &Start<'_>, node: &Host, outside: &mut dyn Outside) -> Result<Inventory, String> {
+    let driver = Driver::read(node).ok_or("the NVIDIA driver is gone")?;
+    let key = inventory::key(node, &driver);
+    let kept = node.read(inventory::path(start.runtime), inventory::MAX_FILE).unwrap_or_default();
+    if let Some(inventory) = Inventory::parse(&kept, &key) {
+        return Ok(inventory);
+    }
+    let taken = outside.take_inventory(start)?;
+    Inventory::parse(&taken, &key).ok_or_else(|| "NVML and the kernel say different things about the GPUs".into())
 }
 
 /// In a user namespace of his own nobody gets groups that he has not.

@@ -14,6 +14,7 @@ use super::plan::{self, Plan};
 use super::pmix;
 use super::site::Site;
 use super::{InitError, Start, step};
+use crate::devices::access::DeviceAccess;
 use crate::devices::private;
 use crate::enroot::{environ, generated, mounts};
 use crate::hooks;
@@ -37,6 +38,8 @@ pub trait Outside {
     fn say(&mut self, message: UserMessage);
     /// Puts this process where the programs it is about to start belong.
     fn enter_task_cgroup(&mut self) -> Result<(), InitError>;
+    /// Has NVML asked ([`crate::devices::nvidia::inventory`]); the error is one line.
+    fn take_inventory(&mut self, start: &Start<'_>) -> Result<Vec<u8>, String>;
 }
 
 /// A container's root filesystem while it is being furnished.
@@ -54,6 +57,7 @@ pub struct Furnisher<'a> {
     hook_variables: Environment,
     /// Of the container, unless something else gives them a value.
     variables: Vec<(&'static str, Vec<u8>)>,
+    gpu_numbers: Vec<(u32, u32)>,
     /// For the node's log.
     log: Vec<String>,
 }
@@ -97,6 +101,7 @@ impl<'a> Furnisher<'a> {
             environment: Environment::default(),
             hook_variables: Environment::default(),
             variables: Vec::new(),
+            gpu_numbers: Vec::new(),
             log,
         })
     }
@@ -152,7 +157,12 @@ impl<'a> Furnisher<'a> {
 
     /// What takes the task's environment: the container's own, the hooks, and then the remaining mounts, the image's, the
     /// site's and the user's.
-    pub fn with_the_task(&mut self, task: &Environment, outside: &mut dyn Outside) -> Result<(), InitError> {
+    pub fn with_the_task(
+        &mut self,
+        task: &Environment,
+        refused: &DeviceAccess,
+        outside: &mut dyn Outside,
+    ) -> Result<(), InitError> {
         self.variables = pmix::share(self.start, self.root(), task, &mut |message| outside.say(message));
         let host = self.site.hook_environment(self.start, task, &rootfs(self.start));
         let from_host = FromHost::read(self.start, self.site, host.clone())?;
@@ -168,7 +178,7 @@ impl<'a> Furnisher<'a> {
             outside.enter_task_cgroup()?;
             self.run_hooks(&hooks.programs, host.clone())?;
         }
-        self.let_devices_appear(&host, outside)?;
+        self.let_devices_appear(&host, refused, outside)?;
         for volume in self.plan.volumes() {
             keep_writable(self.root(), volume).map_err(|errno| {
                 other(format!("cannot mount the image's volume {}: {}", volume.display(), sys::reason(errno)))
@@ -210,11 +220,17 @@ impl<'a> Furnisher<'a> {
     }
 
     /// After the hooks, which may say what devices are wanted.
-    fn let_devices_appear(&mut self, host: &Environment, outside: &mut dyn Outside) -> Result<(), InitError> {
+    fn let_devices_appear(
+        &mut self,
+        host: &Environment,
+        refused: &DeviceAccess,
+        outside: &mut dyn Outside,
+    ) -> Result<(), InitError> {
         let environments = (host, &self.environment);
         let own_dev = self.site.choices.restrict_dev;
-        let Appeared { variables, log } =
-            devices::appear(self.start, self.root(), own_dev, environments, &mut |message| outside.say(message))?;
+        let Appeared { variables, gpu_numbers, log } =
+            devices::appear(self.start, self.root(), own_dev, environments, refused, outside)?;
+        self.gpu_numbers = gpu_numbers;
         for (name, value) in variables {
             self.environment.set(name.as_str(), value.as_str());
             self.hook_variables.set(name, value);
@@ -249,7 +265,13 @@ impl<'a> Furnisher<'a> {
             self.environment.set_default(name, value);
         }
         self.plan.add_login_defaults(&mut self.environment, login);
-        Furnished { environment: self.environment, hook_variables: self.hook_variables, root: self.root, log: self.log }
+        Furnished {
+            environment: self.environment,
+            hook_variables: self.hook_variables,
+            gpu_numbers: self.gpu_numbers,
+            root: self.root,
+            log: self.log,
+        }
     }
 }
 
@@ -260,6 +282,8 @@ pub struct Furnished {
     pub environment: Environment,
     /// What of it the hooks and the devices have set.
     pub hook_variables: Environment,
+    /// See [`ContainerEdits::gpu_numbers`](crate::devices::edits::ContainerEdits::gpu_numbers).
+    pub gpu_numbers: Vec<(u32, u32)>,
     /// Its root.
     pub root: OwnedFd,
     /// For the node's log.

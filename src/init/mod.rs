@@ -29,6 +29,9 @@ use rustix::process::Pid;
 use rustix::thread::{CapabilitySet, LinkNameSpaceType, UnshareFlags};
 
 use crate::config::{ContainerSettings, HookSettings};
+use crate::devices::access::DeviceAccess;
+use crate::devices::host::Host;
+use crate::devices::nvidia::inventory;
 use crate::devices::settings::DeviceSettings;
 use crate::image::config::ImageConfig;
 use crate::image::digest::Digest;
@@ -141,16 +144,17 @@ fn stay(
     life: &OwnedFd,
     leases: Vec<LeasedLayer>,
 ) -> ! {
-    let told = ready.and_then(|Ready { workdir, environment, entrypoint, cgroup_namespace, hook_variables }| {
-        forget_the_outside().map_err(step("standard streams"))?;
-        let (entrypoint, probe) = entrypoint.unzip();
-        let mut descriptors = vec![environment.as_fd()];
-        descriptors.extend(probe.as_ref().map(|probe| probe.report.as_fd()));
-        channel
-            .send(&FromInit::Ready { workdir, entrypoint, cgroup_namespace }, &descriptors)
-            .map_err(|_| InitError::Abandoned)?;
-        Ok((probe, hook_variables))
-    });
+    let told =
+        ready.and_then(|Ready { workdir, environment, entrypoint, cgroup_namespace, hook_variables, gpu_numbers }| {
+            forget_the_outside().map_err(step("standard streams"))?;
+            let (entrypoint, probe) = entrypoint.unzip();
+            let mut descriptors = vec![environment.as_fd()];
+            descriptors.extend(probe.as_ref().map(|probe| probe.report.as_fd()));
+            channel
+                .send(&FromInit::Ready { workdir, entrypoint, cgroup_namespace, gpu_numbers }, &descriptors)
+                .map_err(|_| InitError::Abandoned)?;
+            Ok((probe, hook_variables))
+        });
     match told {
         Ok(kept) => {
             drop(channel);
@@ -190,6 +194,8 @@ struct Ready {
     cgroup_namespace: Option<bool>,
     /// Kept for steps that join later: hooks do not run for them.
     hook_variables: Option<File>,
+    /// See [`FromInit::Ready`].
+    gpu_numbers: Vec<(u32, u32)>,
 }
 
 fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready, InitError> {
@@ -238,8 +244,8 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     let login = furnisher.before_the_task()?;
     // From here on with the task's environment, and the task is in its cgroups.
     let proceed = receive_proceed(channel)?;
-    furnisher.with_the_task(&proceed.environment, &mut &*channel)?;
-    let Furnished { environment, hook_variables, root, log } = furnisher.finish(&login);
+    furnisher.with_the_task(&proceed.environment, &proceed.devices, &mut &*channel)?;
+    let Furnished { environment, hook_variables, gpu_numbers, root, log } = furnisher.finish(&login);
     drop(lock);
     for line in log {
         let line = UserMessage::Log(format!("pyxis: {line}"));
@@ -266,7 +272,14 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     let environment = memfile::sealed("pyxis-environment", &environment.to_block()).map_err(step("environment"))?;
     let entrypoint = Probe::of(entrypoint).map_err(step("entrypoint"))?;
     let hook_variables = hook_variables::keep(&hook_variables).map_err(step("environment"))?;
-    Ok(Ready { workdir: plan::workdir(&image), environment, entrypoint, cgroup_namespace: None, hook_variables })
+    Ok(Ready {
+        workdir: plan::workdir(&image),
+        environment,
+        entrypoint,
+        cgroup_namespace: None,
+        hook_variables,
+        gpu_numbers,
+    })
 }
 
 /// Where the root filesystem comes from.
@@ -340,16 +353,31 @@ impl Outside for &Channel<FromInit, ToInit> {
             _ => Err(InitError::Abandoned),
         }
     }
+
+    fn take_inventory(&mut self, start: &Start<'_>) -> Result<Vec<u8>, String> {
+        self.send(&FromInit::WantInventory, &[]).map_err(sys::reason)?;
+        match self.receive().map_err(sys::reason)? {
+            Some((ToInit::Inventory { problem: None }, _)) => {
+                Host::default().read(inventory::path(start.runtime), inventory::MAX_FILE).map_err(sys::reason)
+            }
+            Some((ToInit::Inventory { problem: Some(problem) }, _)) => Err(problem),
+            _ => Err("the broker has ended".into()),
+        }
+    }
 }
 
 /// What the leading task sends when it is in its cgroups.
 struct Proceed {
     environment: Environment,
+    /// What the cgroups keep it from.
+    devices: DeviceAccess,
     cgroup_namespace: Option<OwnedFd>,
 }
 
 fn receive_proceed(channel: &Channel<FromInit, ToInit>) -> Result<Proceed, InitError> {
-    let Some((ToInit::Proceed { cgroup_namespace }, descriptors)) = channel.receive().map_err(step("broker"))? else {
+    let Some((ToInit::Proceed { cgroup_namespace, devices }, descriptors)) =
+        channel.receive().map_err(step("broker"))?
+    else {
         return Err(InitError::Abandoned);
     };
     let mut descriptors = descriptors.into_iter();
@@ -357,6 +385,7 @@ fn receive_proceed(channel: &Channel<FromInit, ToInit>) -> Result<Proceed, InitE
     let block = memfile::read_all(file, MAX_MEMORY_FILE).map_err(step("task environment"))?;
     Ok(Proceed {
         environment: Environment::from_block(&block),
+        devices,
         cgroup_namespace: descriptors.next().filter(|_| cgroup_namespace),
     })
 }

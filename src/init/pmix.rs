@@ -10,13 +10,11 @@ use rustix::fs::{Mode, OFlags};
 
 use super::Start;
 use crate::devices::pmix::Pmix;
+use crate::devices::slurm_config;
 use crate::mounts::apply::apply;
 use crate::mounts::rootdir::RootDir;
 use crate::request::Environment;
 use crate::task::UserMessage;
-
-/// Most bytes of one of Slurm's configuration files.
-const MAX_CONFIG: u64 = 4 << 20;
 
 /// Mounts what PMIx clients need, and gives the variables for them. Not every task of a step that could use MPI does:
 /// what is missing is said, and no reason to fail.
@@ -49,6 +47,6 @@ fn read_config(path: &Path) -> Option<String> {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = File::from(rustix::fs::open(path, flags, Mode::empty()).ok()?);
     let mut text = String::new();
-    file.take(MAX_CONFIG).read_to_string(&mut text).ok()?;
+    file.take(slurm_config::MAX_FILE).read_to_string(&mut text).ok()?;
     Some(text)
 }

@@ -9,6 +9,8 @@
 //! broker → Proceed (as the leader sent it)
 //! init   → WantTaskCgroup                       if it starts programs on the host
 //! broker → InTaskCgroup
+//! init   → WantInventory                        if it needs to know more of GPUs than the kernel says
+//! broker → Inventory
 //! init   → Ready (+ environment)                or Failed
 //! ```
 //!
@@ -18,6 +20,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::devices::access::DeviceAccess;
 use crate::task::UserMessage;
 use crate::task::protocol::Entrypoint;
 
@@ -37,9 +40,16 @@ pub enum ToInit {
     Proceed {
         /// Whether the second descriptor is there.
         cgroup_namespace: bool,
+        /// What the cgroups keep the task from.
+        devices: DeviceAccess,
     },
     /// [`FromInit::WantTaskCgroup`] is done.
     InTaskCgroup,
+    /// [`FromInit::WantInventory`] is done.
+    Inventory {
+        /// Why there is none.
+        problem: Option<String>,
+    },
 }
 
 /// From init to the broker.
@@ -52,6 +62,8 @@ pub enum FromInit {
     /// Init is about to run what the site or the user wrote: that belongs into the task's cgroups, to which its children
     /// come with init itself. After Proceed.
     WantTaskCgroup,
+    /// The inventory of the node's GPUs ([`crate::devices::nvidia::inventory`]) is missing, or too old.
+    WantInventory,
     /// One descriptor: `/dev/fuse`, mounted; somebody has to answer there.
     Squashfuse {
         /// Whose the files are in the user namespace.
@@ -65,6 +77,8 @@ pub enum FromInit {
         entrypoint: Option<Entrypoint>,
         /// Whether the container has a cgroup namespace, if that is not the leader's to say: it was there before.
         cgroup_namespace: Option<bool>,
+        /// As in [`ToLeader::Ready`](crate::task::protocol::ToLeader::Ready).
+        gpu_numbers: Vec<(u32, u32)>,
     },
     /// The running container that init was to join has ended.
     Gone,

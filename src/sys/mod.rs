@@ -8,6 +8,7 @@ pub mod loopdev;
 pub mod memfile;
 pub mod mount;
 pub mod network;
+pub mod nvml;
 pub mod probe;
 pub mod process;
 pub mod seccomp;

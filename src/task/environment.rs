@@ -10,6 +10,9 @@ const HOST_LOCALE: [&str; 3] = ["LANG", "LANGUAGE", "LC_ALL"];
 /// started it.
 const PER_TASK: [&str; 6] = ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_TASK_PID", "PMIX_RANK", "PMI_RANK", "PMI_FD"];
 
+/// In which Slurm tells programs the task's GPUs, by number.
+const GPU_LISTS: [&str; 2] = ["CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"];
+
 impl Container {
     /// The task's environment inside the container: `task` is what Slurm made for it.
     ///
@@ -40,6 +43,12 @@ impl Container {
             }
         }
         environment.set("PWD", self.workdir(options));
+        for name in GPU_LISTS {
+            let translated = task.get_str(name).and_then(|list| translate(list, &self.gpu_numbers));
+            if let (Some(translated), true) = (translated, environment.get(name) == task.get(name)) {
+                environment.set(name, translated);
+            }
+        }
         // What torch.distributed reads, from Slurm's per-task variables: the image's would be the same in every task.
         if environment.get("PYTORCH_VERSION").is_some() {
             for (name, source) in [("RANK", "SLURM_PROCID"), ("LOCAL_RANK", "SLURM_LOCALID")] {
@@ -50,6 +59,17 @@ impl Container {
         }
         environment
     }
+}
+
+/// A list of GPUs by the container's numbers; `None` if it is not one of numbers, or nothing changes. GPUs that the container
+/// does not see are left out.
+fn translate(list: &str, numbers: &[(u32, u32)]) -> Option<String> {
+    if numbers.is_empty() {
+        return None;
+    }
+    let slurms: Vec<u32> = list.split(',').map(|number| number.trim().parse().ok()).collect::<Option<_>>()?;
+    let known = |slurms: &u32| numbers.iter().find(|(from, _)| from == slurms).map(|(_, to)| to.to_string());
+    Some(slurms.iter().filter_map(known).collect::<Vec<_>>().join(","))
 }
 
 #[cfg(test)]
@@ -109,5 +129,33 @@ mod tests {
         assert!(merged(&["PYTORCH_VERSION=2"], &task, &[]).contains(&"RANK=3".to_owned()));
         assert!(merged(&["PYTORCH_VERSION=2"], &task, &[]).contains(&"LOCAL_RANK=1".to_owned()));
         assert!(merged(&[], &task, &[]).contains(&"RANK=9".to_owned()));
+    }
+
+    #[test]
+    fn gpus_are_called_what_the_container_calls_them() {
+        let numbers = [(2, 0), (5, 1)];
+        for (list, expected) in [
+            ("2,5", Some("0,1")),
+            ("5", Some("1")),
+            ("5,2", Some("1,0")),
+            ("3,2", Some("0")),
+            ("3", Some("")),
+            ("GPU-abc", None),
+            ("MIG-x,2", None),
+            ("NoDevFiles", None),
+        ] {
+            assert_eq!(translate(list, &numbers).as_deref(), expected, "{list}");
+        }
+        assert_eq!(translate("2,5", &[]), None);
+        let mut container = Container::new(1, "/".into(), false, Environment::default());
+        container.gpu_numbers = numbers.to_vec();
+        let task: Environment = ["CUDA_VISIBLE_DEVICES=5", "GPU_DEVICE_ORDINAL=5"].iter().collect();
+        let seen = container.task_environment(&task, &JoinOptions::default());
+        assert_eq!(seen.get_str("CUDA_VISIBLE_DEVICES"), Some("1"));
+        assert_eq!(seen.get_str("GPU_DEVICE_ORDINAL"), Some("1"));
+        // What the image says about it, is its own.
+        container.environment.set("CUDA_VISIBLE_DEVICES", "0");
+        let seen = container.task_environment(&task, &JoinOptions::default());
+        assert_eq!(seen.get_str("CUDA_VISIBLE_DEVICES"), Some("0"));
     }
 }

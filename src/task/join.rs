@@ -17,6 +17,8 @@ pub struct Container {
     workdir: String,
     /// Init is in a cgroup namespace of the container's.
     cgroup_namespace: bool,
+    /// What Slurm calls GPUs, and what they are called in the container, where that differs.
+    pub(super) gpu_numbers: Vec<(u32, u32)>,
     /// Travels beside the JSON: it need not be UTF-8.
     #[serde(skip)]
     pub(super) environment: Environment,
@@ -52,7 +54,7 @@ const KINDS: [Kind; 6] = [
 impl Container {
     /// The container whose init has process id `init`.
     pub(super) fn new(init: i32, workdir: String, cgroup_namespace: bool, environment: Environment) -> Self {
-        Self { init, workdir, cgroup_namespace, environment, entered: false }
+        Self { init, workdir, cgroup_namespace, gpu_numbers: Vec::new(), environment, entered: false }
     }
 
     /// This container after its entrypoint has run.

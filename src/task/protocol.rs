@@ -14,6 +14,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::devices::access::DeviceAccess;
+
 /// Descriptors a broker finds open when it starts.
 pub mod descriptors {
     /// The channel to the leading task.
@@ -79,6 +81,9 @@ pub enum ToLeader {
         /// Whether init is in a cgroup namespace of the container's, if the leader has not made it.
         #[serde(default)]
         cgroup_namespace: Option<bool>,
+        /// What Slurm calls GPUs, and what they are called in the container, where that differs.
+        #[serde(default)]
+        gpu_numbers: Vec<(u32, u32)>,
     },
     /// The start failed; why has been said.
     Failed,
@@ -94,5 +99,8 @@ pub enum ToBroker {
     Proceed {
         /// Whether the second descriptor is there.
         cgroup_namespace: bool,
+        /// What the cgroups keep the task from.
+        #[serde(default)]
+        devices: DeviceAccess,
     },
 }

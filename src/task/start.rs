@@ -13,6 +13,7 @@ use rustix::thread::{ThreadNameSpaceType, UnshareFlags};
 use super::protocol::{MAX_MEMORY_FILE, ToBroker, ToLeader, UserMessage, descriptors};
 use super::shared::{Outcome, environment_file};
 use super::{Container, entrypoint};
+use crate::devices::access::DeviceAccess;
 use crate::request::{Environment, StepRequest};
 use crate::sys::channel::{self, Channel};
 use crate::sys::spawn::spawn;
@@ -79,6 +80,8 @@ impl StartingContainer {
         let (mut entered, mut cgroup_namespace) = (false, false);
         // A broker that is gone has left a message that says why: it is read below.
         let _ = self.channel.send(&ToBroker::Arrived, &[]);
+        // While the broker is busy.
+        let devices = DeviceAccess::of_this_process();
         loop {
             let received = self
                 .channel
@@ -96,9 +99,13 @@ impl StartingContainer {
                     cgroup_namespace = namespace.is_some();
                     let mut descriptors = vec![environment.as_fd()];
                     descriptors.extend(namespace.as_ref().map(AsFd::as_fd));
-                    let _ = self.channel.send(&ToBroker::Proceed { cgroup_namespace }, &descriptors);
+                    let proceed = ToBroker::Proceed { cgroup_namespace, devices: devices.clone() };
+                    let _ = self.channel.send(&proceed, &descriptors);
                 }
-                Some((ToLeader::Ready { init, workdir, entrypoint, cgroup_namespace: there }, descriptors)) => {
+                Some((
+                    ToLeader::Ready { init, workdir, entrypoint, cgroup_namespace: there, gpu_numbers },
+                    descriptors,
+                )) => {
                     let cgroup_namespace = there.unwrap_or(cgroup_namespace);
                     let mut descriptors = descriptors.into_iter();
                     let block = descriptors
@@ -109,6 +116,7 @@ impl StartingContainer {
                     let mut container =
                         Container::new(init, workdir, cgroup_namespace, Environment::from_block(&block));
                     container.entered = entered;
+                    container.gpu_numbers = gpu_numbers;
                     let Some(entrypoint) = entrypoint else { return Ok(Outcome::Ready(container)) };
                     let report = descriptors.next().ok_or("couldn't run the entrypoint: no pipe")?;
                     let broker = (self.broker, self.channel.as_fd());

@@ -31,9 +31,9 @@ use crate::store::{
 };
 use known::{Known, Turn};
 pub use local::{LocalRequest, OpenedImage, acquire_local, convert, open_imported, open_local};
-pub(super) use process::start_reader;
 pub use process::{Child, Importer, Processes, StartImporter};
-pub use roles::{credentials_role, importer_role, release_role, source_role, squashfuse_role};
+pub(super) use process::{service_identity, start_reader};
+pub use roles::{credentials_role, importer_role, inventory_role, release_role, source_role, squashfuse_role};
 use session::Session;
 
 /// What the administrator decides about imports.

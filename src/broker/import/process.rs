@@ -180,7 +180,11 @@ fn environment(configured: &[(String, String)]) -> io::Result<Vec<CString>> {
 }
 
 /// The account that the importer runs under: never root, never the job's user, who could trace it.
-fn service_identity(configured: &str, job_user: u32, events: &mut dyn FnMut(ImportEvent)) -> Result<User, ImportError> {
+pub(in crate::broker) fn service_identity(
+    configured: &str,
+    job_user: u32,
+    events: &mut dyn FnMut(ImportEvent),
+) -> Result<User, ImportError> {
     // Not by NSS: the account is local, and a root process has no business in LDAP libraries.
     let accounts = std::fs::read_to_string("/etc/passwd")
         .map_err(|error| ImportError::start("cannot read /etc/passwd", &error))?;

@@ -13,6 +13,8 @@ use rustix::process::{Pid, Resource, Rlimit};
 use rustix::thread::CapabilitySet;
 use serde::{Deserialize, Serialize};
 
+use crate::devices::host::Host;
+use crate::devices::nvidia::inventory;
 use crate::registry::credentials;
 use crate::request::{Environment, LocalImage, StepRequest, User};
 use crate::source::importer::ImporterCall;
@@ -57,6 +59,35 @@ pub fn importer_role(mut arguments: impl Iterator<Item = OsString>) -> ExitCode 
     match prepared() {
         Ok(channel) => crate::importer::run(Channel::from(channel)),
         Err(error) => failed("importer", &error),
+    }
+}
+
+/// Who asks NVML ([`inventory`](crate::devices::nvidia::inventory)): becomes the service account and writes the answer as JSON,
+/// or why there is none, to its standard output. Its arguments are the broker's process id, the uid and the gid to take;
+/// without any it stays who it is.
+pub fn inventory_role(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    let parent = number(&mut arguments).and_then(Pid::from_raw);
+    let mut prepare = || -> io::Result<()> {
+        if let Some(parent) = parent {
+            let (Some(uid), Some(gid)) = (number(&mut arguments), number(&mut arguments)) else {
+                return Err(io::ErrorKind::InvalidInput.into());
+            };
+            close_from(CHANNEL)?;
+            drop_bounding_set()?;
+            limit(Resource::Fsize, inventory::MAX_FILE)?;
+            become_somebody(&User { uid, gid, groups: vec![] }, parent)?;
+        }
+        rustix::thread::set_no_new_privs(true)?;
+        Ok(())
+    };
+    let taken = prepare().map_err(crate::sys::reason).and_then(|()| inventory::take(&Host::default()));
+    let (text, status) = match taken {
+        Ok(taken) => (serde_json::to_vec(&taken).unwrap_or_default(), ExitCode::SUCCESS),
+        Err(reason) => (reason.into_bytes(), ExitCode::FAILURE),
+    };
+    match io::stdout().write_all(&text) {
+        Ok(()) => status,
+        Err(_) => ExitCode::FAILURE,
     }
 }
 
