@@ -12,6 +12,7 @@ use serde::Deserialize;
 use crate::broker::import::ImportSettings;
 use crate::devices::settings::DeviceSettings;
 use crate::importer::protocol::ImportLimits;
+use crate::policy::Policy;
 use crate::registry::config::NetworkConfig;
 pub use crate::registry::config::{RegistryConfig, RegistryEntry};
 use crate::request::PullPolicy;
@@ -46,6 +47,8 @@ pub struct Config {
     pub registry: BTreeMap<String, RegistryEntry>,
     /// Bounds on waiting for registries.
     pub network: NetworkConfig,
+    /// Which images may be used, and by whom.
+    pub policy: Policy,
 }
 
 /// `[store]`.
@@ -298,6 +301,7 @@ impl Config {
         })?;
         let invalid = |message| ConfigError::Value { path: path.to_owned(), message };
         config.registries().check().map_err(|error| invalid(error.to_string()))?;
+        config.policy.check().map_err(invalid)?;
         for (name, directory) in [
             ("store.path", &config.store.path),
             ("runtime.path", &config.runtime.path),
@@ -340,6 +344,7 @@ impl Config {
             watermarks: self.store.watermarks,
             importer_user: self.import.user.clone(),
             importer_environment: environment.map(|(name, value)| (name.clone(), value.clone())).collect(),
+            policy: self.policy.clone(),
             ..ImportSettings::default()
         }
     }

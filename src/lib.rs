@@ -26,6 +26,7 @@ pub mod mounts;
 pub mod namespaces;
 pub mod options;
 pub mod plugin;
+pub mod policy;
 pub mod pull;
 pub mod registry;
 pub mod request;

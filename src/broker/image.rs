@@ -15,6 +15,7 @@ use super::{BrokerError, Leader, failed};
 use crate::config::Config;
 use crate::container::InUse;
 use crate::image::reference::ImageReference;
+use crate::policy::Policy;
 use crate::request::{Environment, ImageSource, LocalImage, StepRequest};
 use crate::rootfs::cgroups;
 use crate::source::importer::ImporterCall;
@@ -68,7 +69,9 @@ impl Acquisition<'_, '_> {
 
     /// Gets the image `reference`, which the user does not wait for: he has it already.
     pub fn again(&mut self, reference: &ImageReference) -> Result<AcquiredImage, ImportError> {
-        let (store, settings) = (Store::open(&self.config.store.path)?, self.config.import_settings());
+        // Whether it may be used is known from when the container was made.
+        let settings = ImportSettings { policy: Policy::default(), ..self.config.import_settings() };
+        let store = Store::open(&self.config.store.path)?;
         let wanted = AcquireRequest { user: &self.request.user, reference, environment: self.environment };
         let in_use = self.in_use;
         self.watch(None, |cancel, events| import::acquire(&store, &settings, wanted, in_use, cancel, events))
@@ -207,7 +210,7 @@ impl Preparation<'_> {
         events: &mut dyn FnMut(ImportEvent),
     ) -> Result<Acquired, ImportError> {
         let Self { store, settings, wanted, in_use, life, method } = self;
-        let Some((file, key)) = opened.take_squashfs() else {
+        let Some((file, key)) = opened.take_squashfs(settings)? else {
             let image = import::acquire_local(store, settings, *wanted, opened, *in_use, cancel, events)?;
             return Ok(Acquired::Layers(image));
         };

@@ -40,6 +40,7 @@ use crate::init::attach::Attach;
 use crate::init::protocol::{FromInit, ToInit};
 use crate::init::{self, Start};
 use crate::namespaces;
+use crate::policy::Subject;
 use crate::request::{Environment, NameMode, PROTOCOL_VERSION, StepRequest};
 use crate::rootfs::cgroups;
 use crate::rootfs::layers::LayerMounts;
@@ -288,8 +289,10 @@ impl Step<'_> {
                 (self.image_of(record)?, Root::Kept(kept, false))
             }
             Some(Choice::Tree(path)) => {
+                let record = named::record_of_tree(&self.request, path.clone());
+                self.permit(&record)?;
                 tracing::info!("reusing existing container filesystem");
-                let record = Some(named::record_of_tree(&self.request, path.clone()));
+                let record = Some(record);
                 (Image { config: vec![], digest: None, layers: vec![], squashfs: None, record }, Root::Tree(path))
             }
             Some(Choice::Attach(joined)) => return self.attach(joined),
@@ -489,8 +492,22 @@ impl Step<'_> {
         Ok(Image { config: image.config, digest, layers: image.layers, squashfs: None, record })
     }
 
+    /// Whether a container may be used again that was made from an image which the rules may not allow any more.
+    fn permit(&self, record: &Record) -> Result<(), BrokerError> {
+        let reference = match &record.lower {
+            Lower::Layers { reference, .. } => reference.as_ref(),
+            Lower::Tree(_) => None,
+        };
+        let subject = Subject::kept(&self.request.user, reference, record.source, &record.image);
+        import::settled(&self.config.import_settings(), &subject, &record.evidence).map_err(|error| {
+            let name = self.name.as_ref().map(ToString::to_string).unwrap_or_default();
+            BrokerError::Refused(format!("error: the container {name} cannot be used any more: {error}"))
+        })
+    }
+
     /// The image of a container that exists. Layers that the store has lost are fetched again.
     fn image_of(&mut self, record: Record) -> Result<Image, BrokerError> {
+        self.permit(&record)?;
         let layers = match self.leases(&record)? {
             Some(layers) => layers,
             None => self.fetch_again(&record)?,

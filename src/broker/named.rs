@@ -27,6 +27,7 @@ use crate::container::collect::delete_removed;
 use crate::container::kept::{Containers, KeptContainer, Lock};
 use crate::container::record::{Lower, Record};
 use crate::container::running::{Instance, Running};
+use crate::policy::{Evidence, Source, Subject};
 use crate::request::{Environment, ImageSource, NameMode, StepRequest};
 use crate::store::now;
 
@@ -249,6 +250,8 @@ pub(super) fn record(request: &StepRequest, image: &AcquiredImage) -> Option<Rec
         created: now(),
         image: text(source),
         lower: Lower::Layers { reference, manifest: image.manifest, layers },
+        source: Subject::of(&request.user, source).source(),
+        evidence: image.evidence.clone(),
         config: image.config.clone(),
     })
 }
@@ -260,6 +263,8 @@ pub(super) fn record_of_tree(request: &StepRequest, path: PathBuf) -> Record {
         created: now(),
         image: path.display().to_string(),
         lower: Lower::Tree(path),
+        source: Source::File,
+        evidence: Evidence::default(),
         config: Vec::new(),
     }
 }

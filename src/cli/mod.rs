@@ -30,6 +30,8 @@ pub const CREDENTIALS: &str = "pyxis-credentials";
 pub const SOURCE: &str = "pyxis-source";
 /// `argv[0]` of the process that saves containers; see [`crate::export::saver`].
 pub const SAVER: &str = "pyxis-saver";
+/// `argv[0]` of the process that looks up users and groups; see [`crate::broker::import`].
+pub const ACCOUNT: &str = "pyxis-account";
 /// `argv[0]` under which scripts written for enroot find its commands.
 pub const ENROOT: &str = "enroot";
 /// `argv[0]` of the process that removes the containers of a job that is over; see [`crate::container::collect`].
@@ -76,6 +78,7 @@ pub fn main() -> ExitCode {
         Some(role) if role == SQUASHFUSE.as_bytes() => crate::broker::import::squashfuse_role(arguments),
         Some(role) if role == SOURCE.as_bytes() => crate::broker::import::source_role(arguments),
         Some(role) if role == INVENTORY.as_bytes() => crate::broker::import::inventory_role(arguments),
+        Some(role) if role == ACCOUNT.as_bytes() => crate::broker::import::account_role(arguments),
         Some(role) if role == SAVER.as_bytes() => crate::export::saver::main(arguments),
         Some(name) if name == ENROOT.as_bytes() => enroot::main(),
         Some(role) if role == ENROOT_MOUNT.as_bytes() => crate::hooks::mount::main(arguments),

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::image::config::MAX_CONFIG_BYTES;
 use crate::image::digest::Digest;
 use crate::image::reference::ImageReference;
+use crate::policy::{Evidence, Source};
 
 /// Its name in a container's directory.
 pub const RECORD: &str = "record";
@@ -38,6 +39,12 @@ pub struct Record {
     pub image: String,
     /// What is below its upper layer.
     pub lower: Lower,
+    /// Where the image came from.
+    #[serde(default = "from_file")]
+    pub source: Source,
+    /// What rules may want to know of the image.
+    #[serde(default)]
+    pub evidence: Evidence,
     /// The image config, not parsed.
     #[serde(skip)]
     pub config: Vec<u8>,
@@ -58,6 +65,11 @@ pub enum Lower {
     /// An unpacked tree of the user's, which is the whole root filesystem. Only of what runs: such a container is kept by
     /// itself.
     Tree(PathBuf),
+}
+
+/// Of a record that does not say it: what has least rights.
+fn from_file() -> Source {
+    Source::File
 }
 
 impl Record {
@@ -188,6 +200,8 @@ mod tests {
                 manifest: Digest::from_bytes([1; 32]),
                 layers: vec![Digest::from_bytes([2; 32]), Digest::from_bytes([3; 32])],
             },
+            source: Source::Registry,
+            evidence: Evidence::default(),
             config: config.to_vec(),
         }
     }

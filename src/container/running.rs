@@ -287,10 +287,12 @@ mod tests {
     use super::*;
     use crate::container::record::Lower;
     use crate::image::digest::Digest;
+    use crate::policy::{Evidence, Source};
 
     fn record() -> Record {
         let lower = Lower::Layers { reference: None, manifest: Digest::from_bytes([1; 32]), layers: Vec::new() };
-        Record { uid: 1000, created: 1, image: "x".into(), lower, config: b"{}".to_vec() }
+        let (source, evidence) = (Source::File, Evidence::default());
+        Record { uid: 1000, created: 1, image: "x".into(), lower, source, evidence, config: b"{}".to_vec() }
     }
 
     fn sleeper() -> (Child, Pid) {

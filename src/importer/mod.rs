@@ -14,6 +14,7 @@ pub mod layer;
 pub mod local;
 pub mod pipe;
 pub mod protocol;
+mod signature;
 
 use std::fs::File;
 use std::io;
@@ -28,6 +29,7 @@ use failure::Failure;
 use local::LocalImage;
 use protocol::{Command, ImportLimits, LayerDescriptor, Report};
 
+use crate::image::digest::Digest;
 use crate::image::manifest::Descriptor;
 use crate::image::platform::Platform;
 use crate::import::{Converted, LayerError, LayerLimits, write_squashfs};
@@ -102,6 +104,7 @@ pub fn serve(channel: BrokerChannel) -> ExitCode {
                 }
                 continue;
             }
+            (Command::Examine { keys, digests }, Some(_)) => Job::Examine { keys, digests },
             (Command::Confirm { layer }, Some(_)) => Job::Confirm { layer },
             (Command::Fetch { layer }, Some(_)) => match descriptors.into_iter().next() {
                 Some(out) => Job::Fetch { layer, out: out.into() },
@@ -128,8 +131,9 @@ struct Start {
     descriptors: Vec<OwnedFd>,
 }
 
-/// What to do for one layer.
+/// What to do, for one layer or for the image.
 enum Job {
+    Examine { keys: Vec<String>, digests: Vec<Digest> },
     Confirm { layer: usize },
     Fetch { layer: usize, out: File },
 }
@@ -145,21 +149,30 @@ fn channel_of_jobs() -> (Sender<Job>, Jobs) {
 /// An image that was found.
 struct Image {
     origin: Origin,
+    /// Digests of the manifest and of what led to it.
+    digests: Vec<Digest>,
     layers: Vec<LayerDescriptor>,
     limits: LayerLimits,
 }
 
 /// Where its layers come from.
 enum Origin {
-    Registry(Arc<Client>),
+    Registry(Box<RegistryOrigin>),
     Local(LocalImage),
+}
+
+/// An image's place in a registry.
+struct RegistryOrigin {
+    client: Arc<Client>,
+    /// The registry itself, if that is one of its mirrors.
+    upstream: Option<Client>,
 }
 
 /// Finds the image, then works, with more threads like this one.
 fn begin(start: Start, channel: &Arc<BrokerChannel>, jobs: Jobs) {
     let limits = match &start.command {
         Command::Resolve { limits, .. } | Command::Open { limits, .. } => *limits,
-        Command::Convert { .. } | Command::Confirm { .. } | Command::Fetch { .. } => return,
+        Command::Convert { .. } | Command::Examine { .. } | Command::Confirm { .. } | Command::Fetch { .. } => return,
     };
     let threads = worker_count(limits.max_connections);
     let image = match find(start, channel) {
@@ -201,7 +214,12 @@ fn find(start: Start, channel: &BrokerChannel) -> Result<Image, Failure> {
                 layers: layers.clone(),
                 warnings: found.warnings,
             };
-            (Image::new(Origin::Registry(Arc::new(found.client)), layers, &limits), report, found.config_bytes)
+            let upstream = found.client.endpoint().mirror.then(|| {
+                let upstream = registries.upstream(&reference);
+                Client::new(upstream, registries.network, credentials, reference.user.clone())
+            });
+            let origin = Origin::Registry(Box::new(RegistryOrigin { client: Arc::new(found.client), upstream }));
+            (Image::new(origin, found.digests, layers, &limits), report, found.config_bytes)
         }
         Command::Open { form, wanted, name, shown, limits } => {
             let source = descriptors.next().ok_or_else(|| Failure::local("the broker sent no image"))?;
@@ -215,9 +233,10 @@ fn find(start: Start, channel: &BrokerChannel) -> Result<Image, Failure> {
                 warnings: std::mem::take(&mut found.warnings),
             };
             let config = std::mem::take(&mut found.config_bytes);
-            (Image::new(Origin::Local(found), layers, &limits), report, config)
+            let digests = vec![found.manifest_digest];
+            (Image::new(Origin::Local(found), digests, layers, &limits), report, config)
         }
-        Command::Convert { .. } | Command::Confirm { .. } | Command::Fetch { .. } => {
+        Command::Convert { .. } | Command::Examine { .. } | Command::Confirm { .. } | Command::Fetch { .. } => {
             return Err(Failure::local("nothing to find"));
         }
     };
@@ -249,6 +268,7 @@ fn work(image: &Image, channel: &BrokerChannel, jobs: &Jobs) {
     loop {
         let next = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let outcome = match next {
+            Ok(Job::Examine { keys, digests }) => examine(image, &keys, &digests),
             Ok(Job::Confirm { layer }) => confirm(image, layer),
             Ok(Job::Fetch { layer, out }) => fetch(image, layer, &out, channel),
             Err(_) => return,
@@ -307,9 +327,9 @@ fn fail(channel: &BrokerChannel, failure: Failure) {
 }
 
 impl Image {
-    fn new(origin: Origin, layers: Vec<LayerDescriptor>, limits: &ImportLimits) -> Self {
+    fn new(origin: Origin, digests: Vec<Digest>, layers: Vec<LayerDescriptor>, limits: &ImportLimits) -> Self {
         let limits = LayerLimits { max_bytes: limits.max_layer_bytes, max_entries: limits.max_layer_entries };
-        Self { origin, layers, limits }
+        Self { origin, digests, layers, limits }
     }
 
     fn layer(&self, index: usize) -> Result<&LayerDescriptor, Failure> {
@@ -319,10 +339,24 @@ impl Image {
     }
 }
 
+/// Looks for a signature of one of `digests` that one of `keys` has made.
+fn examine(image: &Image, keys: &[String], digests: &[Digest]) -> Result<Report, Failure> {
+    let found = match &image.origin {
+        _ if keys.is_empty() => Err(String::new()),
+        Origin::Registry(origin) => {
+            let clients = std::iter::once(&*origin.client).chain(&origin.upstream);
+            signature::find(clients, digests, keys)?
+        }
+        Origin::Local(_) => Err("it comes from no registry".into()),
+    };
+    let (signed_by, problem) = found.map_or_else(|problem| (None, problem), |key| (Some(key), String::new()));
+    Ok(Report::Examined { digests: image.digests.clone(), signed_by, problem })
+}
+
 fn confirm(image: &Image, layer: usize) -> Result<Report, Failure> {
     let descriptor = image.layer(layer)?;
     let allowed = match &image.origin {
-        Origin::Registry(client) => client.may_have(&descriptor.blob)?,
+        Origin::Registry(origin) => origin.client.may_have(&descriptor.blob)?,
         // Nobody but the bytes can say so.
         Origin::Local(_) => false,
     };
@@ -335,9 +369,9 @@ fn fetch(image: &Image, layer: usize, out: &File, channel: &BrokerChannel) -> Re
     let progress = |bytes: u64| reported.add(bytes);
     let about = format!("layer {}", descriptor.blob);
     let summary = match &image.origin {
-        Origin::Registry(client) => {
+        Origin::Registry(origin) => {
             let blob = Descriptor { media_type: String::new(), digest: descriptor.blob, size: descriptor.size };
-            layer::import(Arc::clone(client).blob_stream(&blob), descriptor, out, &image.limits, progress)
+            layer::import(Arc::clone(&origin.client).blob_stream(&blob), descriptor, out, &image.limits, progress)
         }
         Origin::Local(local) => {
             let blob = local.blob(layer).map_err(|failure| failure.about(&about))?;

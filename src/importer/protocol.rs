@@ -7,6 +7,8 @@
 //!          importer → Resolved (+ memory file with the image config)      or Failed
 //! broker → Convert (+ a squashfs file, + the unnamed file to write)        instead, and nothing else follows
 //!          importer → Progress …, Converted                               or Failed
+//! broker → Examine, if a rule of the administrator's asks for more than the image's name
+//!          importer → Examined                                            or Failed
 //! broker → Confirm, for a layer that is in the store and came from this registry
 //!          importer → Confirmed
 //! broker → Fetch (+ the unnamed file to write), for a layer that is missing or came from elsewhere
@@ -58,6 +60,13 @@ pub enum Command {
         /// Bounds of the layer.
         limits: ImportLimits,
     },
+    /// Say what the administrator's rules ask for, after [`Report::Resolved`]: digests of the image, and who has signed it.
+    Examine {
+        /// Public keys in PEM, one of which has to have signed the image; none if no signature is needed.
+        keys: Vec<String>,
+        /// What may be signed: digests of the manifest and of indexes that it was found by.
+        digests: Vec<Digest>,
+    },
     /// Ask the registry whether this user may have layer `layer` (`HEAD` of its blob with the user's credentials).
     Confirm {
         /// Index into [`Report::Resolved`]'s layers.
@@ -86,6 +95,15 @@ pub enum Report {
         layers: Vec<LayerDescriptor>,
         /// One line each, for the user: what may go wrong with this image.
         warnings: Vec<String>,
+    },
+    /// The answer to `Examine`.
+    Examined {
+        /// Digests of the manifest and of the indexes that it was found by.
+        digests: Vec<Digest>,
+        /// Index of a key that has signed one of them.
+        signed_by: Option<usize>,
+        /// If none has: what was seen.
+        problem: String,
     },
     /// The registry's answer to `Confirm`.
     Confirmed {

@@ -303,7 +303,7 @@ impl TransportReason {
 
 impl RegistryError {
     /// There is no such thing.
-    pub(super) fn is_not_found(&self) -> bool {
+    pub fn is_not_found(&self) -> bool {
         matches!(self, Self::Status { status: StatusCode::NOT_FOUND, .. })
     }
 

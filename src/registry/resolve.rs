@@ -25,6 +25,8 @@ pub struct Resolved {
     pub client: Client,
     /// Digest of the platform's manifest.
     pub manifest_digest: Digest,
+    /// Its digest and those of the indexes that led to it.
+    pub digests: Vec<Digest>,
     /// The manifest, as many layers as the config has diffIDs.
     pub manifest: Manifest,
     /// The config as it came.
@@ -77,7 +79,8 @@ fn resolve_at(client: Client, reference: &ImageReference, platform: &Platform) -
         tracing::info!(target: PROGRESS, "Permission granted");
     }
     tracing::info!(target: PROGRESS, "Fetching image manifest list");
-    let (manifest_digest, manifest) = choose(&client, &image, first, platform)?;
+    let (digests, manifest) = choose(&client, &image, first, platform)?;
+    let manifest_digest = *digests.last().ok_or_else(|| RegistryError::Nesting(image.clone()))?;
     let config_bytes = client.small_blob(&manifest.config, MAX_CONFIG_BYTES)?;
     let config =
         ImageConfig::parse(&config_bytes).map_err(|source| RegistryError::Config { image: image.clone(), source })?;
@@ -104,22 +107,24 @@ fn resolve_at(client: Client, reference: &ImageReference, platform: &Platform) -
         let architecture = shown(&config.architecture);
         warnings.push(format!("image {image} is for {architecture}, and this machine is {}", platform.architecture));
     }
-    Ok(Resolved { client, manifest_digest, manifest, config_bytes, config, warnings })
+    Ok(Resolved { client, manifest_digest, digests, manifest, config_bytes, config, warnings })
 }
 
-/// The manifest for `platform`, behind as many indexes as there may be.
+/// The manifest for `platform`, behind as many indexes as there may be. The digest of each document, the manifest's last.
 fn choose(
     client: &Client,
     image: &str,
     first: ManifestBytes,
     platform: &Platform,
-) -> Result<(Digest, Manifest), RegistryError> {
+) -> Result<(Vec<Digest>, Manifest), RegistryError> {
     let wrong = |source: ManifestError| RegistryError::Manifest { image: image.to_owned(), source };
     let mut document = first;
+    let mut digests = Vec::with_capacity(MAX_DOCUMENTS);
     tracing::info!(target: PROGRESS, "Fetching image manifest");
     for _ in 0..MAX_DOCUMENTS {
+        digests.push(document.digest);
         match Document::parse(&document.bytes, document.content_type.as_deref()).map_err(wrong)? {
-            Document::Manifest(manifest) => return Ok((document.digest, manifest)),
+            Document::Manifest(manifest) => return Ok((digests, manifest)),
             Document::Index(index) => {
                 let chosen = index.choose(platform).map_err(wrong)?;
                 document = client.manifest(&chosen.digest.to_string())?;

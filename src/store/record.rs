@@ -10,6 +10,7 @@ use super::{Result, Store};
 use crate::image::digest::Digest;
 use crate::image::reference::ImageReference;
 use crate::importer::protocol::LayerDescriptor;
+use crate::policy::Evidence;
 
 pub(super) const BLOBS: &str = "blobs/sha256";
 pub(super) const CONFIGS: &str = "configs/sha256";
@@ -34,6 +35,9 @@ pub struct ReferenceRecord {
     pub reference: ImageReference,
     /// The platform's manifest.
     pub manifest: Digest,
+    /// What rules about images may want to know.
+    #[serde(default)]
+    pub evidence: Evidence,
     /// When the registry said so: seconds since 1970.
     pub confirmed_at: u64,
 }

@@ -13,6 +13,7 @@ use tempfile::TempDir;
 use super::*;
 use crate::image::reference::ImageReference;
 use crate::importer::protocol::LayerDescriptor;
+use crate::policy::Evidence;
 
 struct Nothing;
 
@@ -294,7 +295,12 @@ fn records_go_with_their_layers() {
             store.note_blob(layer, "registry.example/x").unwrap();
         }
         let manifest = ManifestRecord { origin: "registry.example/x".into(), config, layers, confirmed_at: now() };
-        let reference = ReferenceRecord { reference: image(name), manifest: digest(name), confirmed_at: now() };
+        let reference = ReferenceRecord {
+            reference: image(name),
+            manifest: digest(name),
+            evidence: Evidence::default(),
+            confirmed_at: now(),
+        };
         store.confirm(1000, &reference, &manifest).unwrap();
     };
     publish(&store, "base", b"base");
@@ -330,7 +336,12 @@ fn a_reference_belongs_to_one_user_and_one_name() {
         layers: vec![],
         confirmed_at: now(),
     };
-    let reference = ReferenceRecord { reference: image("x"), manifest: digest("x"), confirmed_at: now() };
+    let reference = ReferenceRecord {
+        reference: image("x"),
+        manifest: digest("x"),
+        evidence: Evidence::default(),
+        confirmed_at: now(),
+    };
     store.confirm(1000, &reference, &manifest).unwrap();
     assert_eq!(store.reference(1000, &image("x")).unwrap(), Some(reference.clone()));
     assert_eq!(store.manifest(1000, &digest("x")).unwrap(), Some(manifest));

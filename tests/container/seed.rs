@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use spank_pyxis::image::digest::Digest;
 use spank_pyxis::image::reference::ImageReference;
 use spank_pyxis::importer::protocol::LayerDescriptor;
+use spank_pyxis::policy::Evidence;
 use spank_pyxis::store::{ManifestRecord, ReferenceRecord, Store, now};
 use tempfile::TempDir;
 
@@ -185,7 +186,7 @@ impl Node {
         let manifest = digest(9);
         let config = store.keep_config(CONFIG.as_bytes()).unwrap();
         let confirmed_at = now();
-        let reference = ReferenceRecord { reference, manifest, confirmed_at };
+        let reference = ReferenceRecord { reference, manifest, evidence: Evidence::default(), confirmed_at };
         let manifest = ManifestRecord { origin: "seed.test/image".into(), config, layers, confirmed_at };
         for uid in [0, USER.1] {
             store.confirm(uid, &reference, &manifest).unwrap();
@@ -204,7 +205,7 @@ impl Node {
         let base = LayerDescriptor { blob: digest(1), diff_id: digest(1), size: 0 };
         let reference = ImageReference::parse(IMAGE).unwrap();
         let (manifest, config, confirmed_at) = (digest(10), store.keep_config(&[]).unwrap(), now());
-        let reference = ReferenceRecord { reference, manifest, confirmed_at };
+        let reference = ReferenceRecord { reference, manifest, evidence: Evidence::default(), confirmed_at };
         let manifest =
             ManifestRecord { origin: "seed.test/image".into(), config, layers: vec![base, layer], confirmed_at };
         store.confirm(USER.1, &reference, &manifest).unwrap();

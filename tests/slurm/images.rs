@@ -88,6 +88,13 @@ fn pull_policy(world: &mut World) -> Result<()> {
 
 /// An index with this platform among others: the right one is chosen, also when it is not the first.
 fn index(world: &mut World) -> Result<()> {
+    have_index(world)?;
+    assert_eq!(world.sh(&["--container-image=index"], "cat /platform")?, "this one");
+    Ok(())
+}
+
+/// Docker Hub, as the nodes see it, has `library/index`.
+pub fn have_index(world: &mut World) -> Result<()> {
     world.have("index", |layout| {
         let tree = layout.join("tree");
         images::busybox_tree(&tree)?;
@@ -123,9 +130,7 @@ fn index(world: &mut World) -> Result<()> {
         }]});
         fs::write(layout.join("index.json"), serde_json::to_vec(&top)?)?;
         Ok(mine)
-    })?;
-    assert_eq!(world.sh(&["--container-image=index"], "cat /platform")?, "this one");
-    Ok(())
+    })
 }
 
 /// Entries of the largest directory.

@@ -23,6 +23,7 @@ mod mpi;
 mod named;
 mod options;
 mod packages;
+mod policy;
 mod registries;
 mod relay;
 mod save;
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
         ("images", images::CASES),
         ("layouts", layouts::CASES),
         ("registries", registries::CASES),
+        ("policy", policy::CASES),
         ("sources", sources::CASES),
         ("importer", importer::CASES),
         ("squashfs", squashfs::CASES),

@@ -227,6 +227,11 @@ pub fn answer(served: &Served, command: Command, mut descriptors: Vec<OwnedFd>) 
             let _ = served.channel.send(&served.resolved(), &[Served::config().as_fd()]);
         }
         Command::Open { .. } | Command::Convert { .. } => served.fail(FailureKind::Local, "no registry's image"),
+        Command::Examine { .. } => {
+            let Report::Resolved { manifest, .. } = served.resolved() else { unreachable!() };
+            let problem = "it has no signatures".into();
+            served.report(&Report::Examined { digests: vec![manifest], signed_by: None, problem });
+        }
         Command::Confirm { layer } => {
             served.registries.confirms.fetch_add(1, Ordering::SeqCst);
             served.report(&Report::Confirmed { layer, allowed: served.blob(layer).is_some() });

@@ -9,6 +9,7 @@ mod disk;
 mod fake;
 mod hostile;
 mod local;
+mod policy;
 mod processes;
 mod random;
 mod real;

@@ -15,6 +15,7 @@ use super::{Acquired, Acquisition, Preparation};
 use crate::broker::BrokerError;
 use crate::broker::import::{self, ImportError, ImportSettings, LocalRequest};
 use crate::broker::squashfs::Method;
+use crate::policy::Subject;
 use crate::request::{Environment, ImageSource, LocalImage, StepRequest, User};
 use crate::source::importer::ImporterCall;
 use crate::task::importer;
@@ -22,8 +23,10 @@ use crate::task::importer;
 impl Acquisition<'_, '_> {
     /// What the site's importer makes of the reference.
     pub(super) fn by_site_importer(&mut self, call: &ImporterCall) -> Result<Acquired, BrokerError> {
-        let typed = match &self.request.image {
-            Some(ImageSource::Registry { typed, .. } | ImageSource::Local { typed, .. }) => typed.clone(),
+        let (typed, subject) = match &self.request.image {
+            Some(image @ (ImageSource::Registry { typed, .. } | ImageSource::Local { typed, .. })) => {
+                (typed.clone(), Subject::of(&self.request.user, image))
+            }
             _ => return Err(BrokerError::Start("no image".into())),
         };
         if let Some(importer) = &self.request.importer {
@@ -48,7 +51,7 @@ impl Acquisition<'_, '_> {
             .map_err(|error| tracing::warn!("nobody calls importer release if slurmstepd is killed: {error}"));
         let preparation = Preparation { store: &store, settings: &settings, wanted, in_use, life: self.life, method };
         let image = self.watch(Some(&typed), |cancel, events| {
-            let opened = import::open_imported(&settings, call, &uri, environment, cancel, events)?;
+            let opened = import::open_imported(&settings, subject, call, &uri, environment, cancel, events)?;
             preparation.prepare(opened, cancel, events)
         });
         // All of it is in the store now, or none of it is wanted. A file that is used as it is stays until the step's end,

@@ -4,9 +4,12 @@
 
 use std::os::fd::BorrowedFd;
 
+use super::permit::{self, Permission};
 use super::session::pause;
 use super::{AcquireRequest, AcquiredImage, ImportError, ImportEvent, ImportSettings, is_fresh, without_password};
+use crate::image::digest::Digest;
 use crate::image::reference::ImageReference;
+use crate::policy::Subject;
 use crate::request::PullPolicy;
 use crate::store::{FetchLock, ReferenceRecord, Store, StoreError};
 
@@ -16,6 +19,10 @@ pub(super) struct Known<'a> {
     pub store: &'a Store,
     pub settings: &'a ImportSettings,
     pub request: AcquireRequest<'a>,
+    /// For the administrator's rules.
+    pub subject: &'a Subject,
+    /// What they say about the name.
+    pub permission: Permission,
 }
 
 /// Whose turn it is.
@@ -32,12 +39,25 @@ impl<'a> Known<'a> {
         self.store.reference(self.request.user.uid, &without_password(self.request.reference))
     }
 
-    /// The image as this user was given it a short time ago, if all of it is still there.
-    pub fn confirmed(&self) -> Result<Option<AcquiredImage>, StoreError> {
-        match self.record()? {
-            Some(record) if is_fresh(record.confirmed_at, self.settings.confirmation) => self.image(&record),
-            _ => Ok(None),
+    /// The image as this user was given it a short time ago, if all of it is still there, and if what is known of it is all
+    /// that the rules ask for.
+    pub fn confirmed(&self) -> Result<Option<AcquiredImage>, ImportError> {
+        let record = self.record()?.filter(|record| is_fresh(record.confirmed_at, self.settings.confirmation));
+        let Some(record) = record else { return Ok(None) };
+        if self.permission == Permission::Depends {
+            // Of a record from before there were rules nothing is known.
+            let evidence = &record.evidence;
+            if evidence.digests.is_empty() || permit::known(self.settings, self.subject, evidence)?.is_some() {
+                return Ok(None);
+            }
         }
+        Ok(self.image(&record)?)
+    }
+
+    /// By which indexes `manifest` was found when the user's name for the image was last looked up, if it was found then.
+    pub fn ancestors(&self, manifest: &Digest) -> Result<Vec<Digest>, StoreError> {
+        let record = self.record()?.filter(|record| record.manifest == *manifest);
+        Ok(record.map(|record| record.evidence.digests).unwrap_or_default())
     }
 
     /// The image of a record, if all of it is still there.
@@ -50,7 +70,8 @@ impl<'a> Known<'a> {
             let Some(lease) = store.lease(&layer.diff_id)? else { return Ok(None) };
             layers.push(lease);
         }
-        Ok(Some(AcquiredImage { manifest: record.manifest, config, layers, from_network: false }))
+        let (manifest, evidence) = (record.manifest, record.evidence.clone());
+        Ok(Some(AcquiredImage { manifest, config, layers, evidence, from_network: false }))
     }
 
     /// With [`PullPolicy::Missing`]: what the user's name for the image meant when he was last given it, if that is still

@@ -14,9 +14,11 @@ use rustix::event::{PollFd, PollFlags};
 
 use super::process::{Child, Importer, start_importer, start_reader};
 use super::session::Session;
-use super::{AcquiredImage, ImportError, ImportEvent, ImportSettings, collect, one_line};
+use super::{AcquiredImage, ImportError, ImportEvent, ImportSettings, collect, one_line, permit, settled};
 use crate::cli;
+use crate::image::digest::Digest;
 use crate::importer::protocol::{Command, FailureKind};
+use crate::policy::{Evidence, Subject};
 use crate::request::{Environment, LocalImage, User};
 use crate::source::importer::ImporterCall;
 use crate::source::{FromReader, SourceForm, ToReader};
@@ -58,6 +60,8 @@ pub struct OpenedImage {
     form: Option<SourceForm>,
     descriptor: Option<OwnedFd>,
     key: Option<LocalKey>,
+    /// For the administrator's rules.
+    subject: Subject,
 }
 
 /// Has the image opened as the user. For an image in an engine's storage, which may have to be pulled first, the import
@@ -69,10 +73,12 @@ pub fn open_local(
     cancel: &[BorrowedFd<'_>],
     events: &mut dyn FnMut(ImportEvent),
 ) -> Result<OpenedImage, ImportError> {
+    let subject = Subject::local(request.user, request.image, &one_line(request.typed, 300));
+    permit::before(settings, &subject)?;
     let message =
         ToReader::Open { user: request.user.clone(), image: request.image.clone(), cwd: request.cwd.to_owned() };
     let takes_long = matches!(request.image, LocalImage::Engine { .. });
-    let mut opened = start(settings, &message, request.environment, takes_long, events)?;
+    let mut opened = start(settings, subject, &message, request.environment, takes_long, events)?;
     let (report, descriptors) = opened.receive(request.typed, cancel)?;
     match (report, request.image) {
         (FromReader::Found { id }, LocalImage::Engine { engine, .. }) => {
@@ -88,17 +94,20 @@ pub fn open_local(
     Ok(opened)
 }
 
-/// Has the site's importer get `uri` and opens, as the user, what it names. The import has begun with this.
+/// Has the site's importer get `uri`, which `subject` is about, and opens, as the user, what it names. The import has begun
+/// with this.
 pub fn open_imported(
     settings: &ImportSettings,
+    subject: Subject,
     call: &ImporterCall,
     uri: &str,
     environment: &Environment,
     cancel: &[BorrowedFd<'_>],
     events: &mut dyn FnMut(ImportEvent),
 ) -> Result<OpenedImage, ImportError> {
+    permit::before(settings, &subject)?;
     let message = ToReader::Import { call: call.clone(), uri: uri.to_owned() };
-    let mut opened = start(settings, &message, environment, true, events)?;
+    let mut opened = start(settings, subject, &message, environment, true, events)?;
     let (FromReader::Opened { form, file }, descriptors) = opened.receive(uri, cancel)? else {
         return Err(unexpected());
     };
@@ -111,6 +120,7 @@ pub fn open_imported(
 /// Starts a source reader with its first message.
 fn start(
     settings: &ImportSettings,
+    subject: Subject,
     message: &ToReader,
     environment: &Environment,
     takes_long: bool,
@@ -131,16 +141,22 @@ fn start(
         form: None,
         descriptor: None,
         key: None,
+        subject,
     })
 }
 
 impl OpenedImage {
     /// The squashfs file that it is, read-only, and by what to remember what was made of it. `None`: it is another image.
-    pub fn take_squashfs(&mut self) -> Option<(OwnedFd, Option<LocalKey>)> {
+    pub fn take_squashfs(
+        &mut self,
+        settings: &ImportSettings,
+    ) -> Result<Option<(OwnedFd, Option<LocalKey>)>, ImportError> {
         if self.form != Some(SourceForm::Squashfs) {
-            return None;
+            return Ok(None);
         }
-        Some((self.descriptor.take()?, self.key.clone()))
+        // It has no digest that anybody could have named.
+        settled(settings, &self.subject, &Evidence::default())?;
+        Ok(self.descriptor.take().map(|file| (file, self.key.clone())))
     }
 
     fn channel(&self) -> Result<&Channel<ToReader, FromReader>, ImportError> {
@@ -217,6 +233,7 @@ pub fn acquire_local(
     if let Some(key) = &opened.key
         && let Some(image) = remembered(store, uid, key)?
     {
+        settled(settings, &opened.subject, &image.evidence)?;
         return Ok(image);
     }
     if opened.form.is_none() {
@@ -247,6 +264,7 @@ pub fn acquire_local(
     let command = Command::Open { form, wanted, name, shown: shown.clone(), limits: settings.limits };
     let mut session = Session::new(store, settings, (None, shown), pinned, cancel, events, importer);
     let outcome = session.resolve(&command).and_then(|image| {
+        settled(settings, &opened.subject, &of_manifest(image.manifest))?;
         let layers = session.obtain(&image, false)?;
         Ok((image, layers))
     });
@@ -264,7 +282,8 @@ pub fn acquire_local(
         store.confirm_local(uid, &record)?;
     }
     collect(store, settings, pinned, events);
-    Ok(AcquiredImage { manifest: image.manifest, config: image.config, layers, from_network: true })
+    let evidence = of_manifest(image.manifest);
+    Ok(AcquiredImage { manifest: image.manifest, config: image.config, layers, evidence, from_network: true })
 }
 
 /// Makes a layer of the squashfs file that was opened, unless that is done and nothing has changed. The image has no
@@ -327,7 +346,13 @@ pub fn convert(
     }
     drop(lock);
     collect(store, settings, pinned, events);
-    Ok(AcquiredImage { manifest, config: vec![], layers: vec![layer], from_network: true })
+    let evidence = of_manifest(manifest);
+    Ok(AcquiredImage { manifest, config: vec![], layers: vec![layer], evidence, from_network: true })
+}
+
+/// What rules may want to know about an image with this manifest.
+fn of_manifest(manifest: Digest) -> Evidence {
+    Evidence { digests: vec![manifest], keys: vec![] }
 }
 
 /// The image as this user had it, if all of it is still there.
@@ -339,5 +364,6 @@ fn remembered(store: &Store, uid: u32, key: &LocalKey) -> Result<Option<Acquired
         let Some(lease) = store.lease(layer)? else { return Ok(None) };
         layers.push(lease);
     }
-    Ok(Some(AcquiredImage { manifest: record.manifest, config, layers, from_network: false }))
+    let evidence = of_manifest(record.manifest);
+    Ok(Some(AcquiredImage { manifest: record.manifest, config, layers, evidence, from_network: false }))
 }

@@ -9,10 +9,12 @@
 //! * [`local`]: the same for an image that the user has on this machine;
 //! * [`session`]: the conversation with one importer, and what becomes of each layer;
 //! * [`process`]: the importer and the credentials reader as child processes;
+//! * [`permit`]: what the administrator's rules say about the image;
 //! * [`roles`]: their first steps, in which they take on their identities.
 
 mod known;
 mod local;
+mod permit;
 mod process;
 mod roles;
 mod session;
@@ -25,15 +27,19 @@ use crate::config::RegistryConfig;
 use crate::image::digest::Digest;
 use crate::image::reference::ImageReference;
 use crate::importer::protocol::{Command, FailureKind, ImportLimits};
+use crate::policy::{Evidence, Policy, Subject};
 use crate::request::{Environment, PullPolicy, User};
 use crate::store::{
     Goal, LeasedLayer, ManifestRecord, PinnedMounts, ReferenceRecord, Store, StoreError, Watermarks, count, now, size,
 };
 use known::{Known, Turn};
 pub use local::{LocalRequest, OpenedImage, acquire_local, convert, open_imported, open_local};
+pub(super) use permit::settled;
 pub use process::{Child, Importer, Processes, StartImporter};
 pub(super) use process::{service_identity, start_reader};
-pub use roles::{credentials_role, importer_role, inventory_role, release_role, source_role, squashfuse_role};
+pub use roles::{
+    account_role, credentials_role, importer_role, inventory_role, release_role, source_role, squashfuse_role,
+};
 use session::Session;
 
 /// What the administrator decides about imports.
@@ -56,6 +62,8 @@ pub struct ImportSettings {
     pub importer_user: String,
     /// The importer's whole environment: proxy variables, `SSL_CERT_FILE`, `SSL_CERT_DIR`.
     pub importer_environment: Vec<(String, String)>,
+    /// Which images may be used, and by whom.
+    pub policy: Policy,
     /// The executable that has the internal roles.
     pub executable: PathBuf,
 }
@@ -71,6 +79,7 @@ impl Default for ImportSettings {
             watermarks: Watermarks::default(),
             importer_user: "pyxis".into(),
             importer_environment: Vec::new(),
+            policy: Policy::default(),
             executable: "/proc/self/exe".into(),
         }
     }
@@ -96,6 +105,8 @@ pub struct AcquiredImage {
     pub config: Vec<u8>,
     /// Lowest layer first. A layer may occur more than once.
     pub layers: Vec<LeasedLayer>,
+    /// What rules about images may want to know later.
+    pub evidence: Evidence,
     /// Whether the registry was asked.
     pub from_network: bool,
 }
@@ -145,6 +156,9 @@ pub enum ImportError {
         /// What, on what, why, next step.
         message: String,
     },
+    /// A rule of the administrator's; the message is a whole line.
+    #[error("{0}")]
+    Policy(String),
     /// One of the cancel descriptors was hung up.
     #[error("import of {image} cancelled")]
     Cancelled {
@@ -240,7 +254,9 @@ pub fn acquire_through(
     cancel: &[BorrowedFd<'_>],
     events: &mut dyn FnMut(ImportEvent),
 ) -> Result<AcquiredImage, ImportError> {
-    let known = Known { store, settings, request };
+    let subject = Subject::registry(request.user, request.reference);
+    let permission = permit::before(settings, &subject)?;
+    let known = Known { store, settings, request, subject: &subject, permission };
     if settings.pull != PullPolicy::Always
         && let Some(image) = known.confirmed()?
     {
@@ -291,13 +307,14 @@ fn import(
     // What the registry says counts from before it was asked.
     let confirmed_at = now();
     let importer = starter.start(settings, request, events)?;
-    let subject = (Some(request.reference), known.request.reference.to_string());
-    let mut session = Session::new(store, settings, subject, pinned, cancel, events, importer);
+    let name = (Some(request.reference), known.request.reference.to_string());
+    let mut session = Session::new(store, settings, name, pinned, cancel, events, importer);
     let image = session.resolve(&Command::Resolve {
         reference: request.reference.clone(),
         registries: settings.registries.clone(),
         limits: settings.limits,
     })?;
+    let evidence = session.examine(known.subject, image.manifest, known.ancestors(&image.manifest)?)?;
     let uid = request.user.uid;
     let before = store.manifest(uid, &image.manifest)?;
     let confirmed = settings.pull != PullPolicy::Always
@@ -311,10 +328,11 @@ fn import(
 
     let config = store.keep_config(&image.config)?;
     let reference = without_password(known.request.reference);
-    let reference = ReferenceRecord { reference, manifest: image.manifest, confirmed_at };
+    let reference = ReferenceRecord { reference, manifest: image.manifest, evidence, confirmed_at };
     let manifest = ManifestRecord { origin: image.origin, config, layers: image.layers, confirmed_at };
     store.confirm(uid, &reference, &manifest)?;
-    Ok(AcquiredImage { manifest: reference.manifest, config: image.config, layers, from_network: true })
+    let (manifest, config, evidence) = (reference.manifest, image.config, reference.evidence);
+    Ok(AcquiredImage { manifest, config, layers, evidence, from_network: true })
 }
 
 /// Keeps the store between its watermarks, after it has grown.

@@ -35,6 +35,8 @@ const CREDENTIALS_TIMEOUT: Duration = Duration::from_secs(60);
 const END_TIMEOUT: Duration = Duration::from_secs(1);
 /// The account that is there when the configured one is not.
 const FALLBACK: &str = "nobody";
+/// How long directory services may take to find a user or a group.
+const ACCOUNT_TIMEOUT: Duration = Duration::from_secs(20);
 /// Diagnostics of one importer that reach the log.
 const MAX_LINES: usize = 50;
 const MAX_LINE: usize = 500;
@@ -209,6 +211,84 @@ pub(in crate::broker) fn service_identity(
              import.user"
         ))),
     }
+}
+
+/// Whose number is looked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum AccountKind {
+    User,
+    Group,
+}
+
+impl AccountKind {
+    /// As it is called in messages, and among a role's arguments.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::User => "user",
+            Self::Group => "group",
+        }
+    }
+}
+
+/// The number of the user or group `name`. What the node's own files do not know is asked of its directory services, by a
+/// process under the account for imports, which `job_user` cannot trace.
+pub(super) fn account_number(
+    settings: &ImportSettings,
+    job_user: u32,
+    kind: AccountKind,
+    name: &str,
+) -> Result<u32, String> {
+    let file = match kind {
+        AccountKind::User => "/etc/passwd",
+        AccountKind::Group => "/etc/group",
+    };
+    let known = std::fs::read_to_string(file).ok().and_then(|text| number_of(&text, name));
+    let failed = |error: &dyn std::fmt::Display| format!("cannot look up the {} {name}: {error}", kind.name());
+    let answer = match known {
+        Some(number) => return Ok(number),
+        None => ask_for_account(settings, job_user, kind, name).map_err(|error| failed(&error))?,
+    };
+    match answer.strip_prefix('=') {
+        Some("") => Err(format!("this node knows no {} {name}", kind.name())),
+        Some(number) => number.parse().map_err(|_| failed(&"malformed answer")),
+        None => Err(failed(&"no answer")),
+    }
+}
+
+fn ask_for_account(
+    settings: &ImportSettings,
+    job_user: u32,
+    kind: AccountKind,
+    name: &str,
+) -> Result<String, ImportError> {
+    let failed = |error: io::Error| ImportError::start(cli::ACCOUNT, &error);
+    let service = service_identity(&settings.importer_user, job_user, &mut |_| {})?;
+    let (parent, uid, gid) = (own_pid(), service.uid.to_string(), service.gid.to_string());
+    let null = null().map_err(failed)?;
+    let (answer, answer_write) = pipe().map_err(failed)?;
+    let arguments = [cli::ACCOUNT, &parent, &uid, &gid, kind.name(), name].map(str::as_bytes);
+    let descriptors = [(null.as_fd(), 0), (answer_write.as_fd(), 1), (null.as_fd(), 2)];
+    let pid = spawn(&settings.executable, &arguments, &[], &descriptors).map_err(failed)?;
+    drop(answer_write);
+    let _child = Child::adopt(pid, None).map_err(failed)?;
+    let mut ready = [PollFd::new(&answer, PollFlags::IN)];
+    let timeout = ACCOUNT_TIMEOUT.try_into().ok();
+    match rustix::io::retry_on_intr(|| rustix::event::poll(&mut ready, timeout.as_ref())) {
+        Ok(1..) => {}
+        Ok(0) => return Err(failed(io::ErrorKind::TimedOut.into())),
+        Err(errno) => return Err(failed(errno.into())),
+    }
+    // It writes the answer at once.
+    let mut text = [0; 32];
+    let length =
+        rustix::io::retry_on_intr(|| rustix::io::read(&answer, &mut text)).map_err(|errno| failed(errno.into()))?;
+    Ok(String::from_utf8_lossy(text.get(..length).unwrap_or_default()).into_owned())
+}
+
+/// The third field of the entry `name`, in the text of a passwd(5) or group(5) file.
+fn number_of(text: &str, name: &str) -> Option<u32> {
+    let mut entries = text.lines().map(|line| line.split(':'));
+    entries.find_map(|mut fields| (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok()).flatten())
 }
 
 /// An account by name or number, in the text of a passwd(5) file. A number needs no entry.
@@ -386,6 +466,14 @@ mod tests {
         assert_eq!(ids("nobody"), Some((65534, 65534)));
         assert_eq!(ids("broken"), None);
         assert_eq!(ids("pyx"), None);
+    }
+
+    #[test]
+    fn numbers_stand_in_files() {
+        assert_eq!(number_of(ACCOUNTS, "pyxis"), Some(998));
+        assert_eq!(number_of("staff:x:50:a,b\nx:y\n", "staff"), Some(50));
+        assert_eq!(number_of("staff:x:50:a,b\nx:y\n", "x"), None);
+        assert_eq!(number_of(ACCOUNTS, "x"), None);
     }
 
     #[test]

@@ -115,6 +115,34 @@ fn read_credentials(parent: Pid) -> io::Result<()> {
     io::stdout().write_all(&serde_json::to_vec(&set)?)
 }
 
+/// Looks up a user or a group under the account for imports, and writes `=` and the number, or `=` alone if there is none.
+/// Its arguments are the broker's process id, the uid and the gid to take, `user` or `group`, and the name.
+pub fn account_role(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    let (Some(parent), Some(uid), Some(gid), Some(kind), Some(name)) = (
+        number(&mut arguments).and_then(Pid::from_raw),
+        number(&mut arguments),
+        number(&mut arguments),
+        number::<String>(&mut arguments),
+        number::<String>(&mut arguments),
+    ) else {
+        return by_hand();
+    };
+    let look_up = || -> io::Result<()> {
+        close_from(CHANNEL)?;
+        become_somebody(&User { uid, gid, groups: vec![] }, parent)?;
+        let found = match kind.as_str() {
+            "user" => nix::unistd::User::from_name(&name)?.map(|user| user.uid.as_raw()),
+            _ => nix::unistd::Group::from_name(&name)?.map(|group| group.gid.as_raw()),
+        };
+        let answer = format!("={}", found.map(|number| number.to_string()).unwrap_or_default());
+        io::stdout().write_all(answer.as_bytes())
+    };
+    match look_up() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failed("account look-up", &error),
+    }
+}
+
 /// The source reader: becomes the job's user and opens an image of his ([`source`]). Its argument is the broker's process
 /// id.
 pub fn source_role(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {

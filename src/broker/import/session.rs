@@ -17,6 +17,7 @@
 #![forbid(unsafe_code)]
 
 mod convert;
+mod examine;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -533,6 +534,7 @@ impl<'a, 'e> Session<'a, 'e> {
     fn unexpected(&self, report: &Report) -> ImportError {
         let what = match report {
             Report::Resolved { .. } => "the image again",
+            Report::Examined { .. } => "digests",
             Report::Confirmed { .. } => "a confirmation",
             Report::Progress { .. } => "progress",
             Report::Fetched { .. } | Report::Converted { .. } => "a layer",

@@ -1,0 +1,24 @@
+//! Any bytes as what decides about images: a pattern and a name, the manifest of a signature image, a claim, a key.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use spank_pyxis::policy::cosign;
+use spank_pyxis::policy::key::PublicKey;
+use spank_pyxis::policy::pattern::Pattern;
+
+fuzz_target!(|bytes: &[u8]| {
+    let text = String::from_utf8_lossy(bytes);
+    if let Some((pattern, name)) = text.split_once('\n')
+        && let Ok(pattern) = Pattern::parse(pattern)
+    {
+        pattern.matches(name);
+    }
+    for signature in cosign::signatures(bytes).unwrap_or_default() {
+        assert!(signature.payload.size <= cosign::MAX_PAYLOAD_BYTES);
+    }
+    // A digest is believed as it stands there, not made up.
+    assert!(cosign::claimed(bytes).is_none_or(|digest| text.contains(&digest.hex())));
+    if let Ok(key) = PublicKey::from_pem(&text) {
+        assert!(!key.verifies(bytes, b"no signature"));
+    }
+});
