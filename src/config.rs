@@ -203,11 +203,13 @@ pub struct HookSettings {
     pub timeout_seconds: u32,
     /// `slurm_pytorch`: what enroot's extra hook `50-slurm-pytorch.sh` does, also where that file is not in `hooks.d`.
     pub slurm_pytorch: bool,
+    /// `oci_directories`: directories of OCI hooks (oci-hooks(5)), of which the last one counts most.
+    pub oci_directories: Vec<PathBuf>,
 }
 
 impl Default for HookSettings {
     fn default() -> Self {
-        Self { timeout_seconds: 60, slurm_pytorch: false }
+        Self { timeout_seconds: 60, slurm_pytorch: false, oci_directories: Vec::new() }
     }
 }
 
@@ -302,11 +304,13 @@ impl Config {
         let invalid = |message| ConfigError::Value { path: path.to_owned(), message };
         config.registries().check().map_err(|error| invalid(error.to_string()))?;
         config.policy.check().map_err(invalid)?;
-        for (name, directory) in [
+        let directories = [
             ("store.path", &config.store.path),
             ("runtime.path", &config.runtime.path),
             ("enroot.sysconf_path", &config.enroot.sysconf_path),
-        ] {
+        ];
+        let of_hooks = config.hooks.oci_directories.iter().map(|directory| ("hooks.oci_directories", directory));
+        for (name, directory) in directories.into_iter().chain(of_hooks) {
             if !directory.is_absolute() {
                 return Err(invalid(format!("{name}: must be an absolute path: {}", directory.display())));
             }
@@ -361,6 +365,8 @@ mod tests {
     #[test]
     fn errors_name_the_line() {
         let error = |text| parse(text).unwrap_err();
+        let relative = error("[hooks]\noci_directories = [\"x\"]\n");
+        assert_eq!(relative, "/etc/x.toml: hooks.oci_directories: must be an absolute path: x");
         let unknown = error("[container]\nwriteable = true\n");
         assert!(unknown.starts_with("/etc/x.toml:2:1: unknown field `writeable`"), "{unknown}");
         let wrong = error("[container]\nwritable = 1\n");

@@ -6,6 +6,7 @@
 
 mod hostlist;
 pub mod mount;
+pub mod oci;
 pub mod pytorch;
 mod runner;
 pub mod workspace;
@@ -15,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::Access;
 
-pub use runner::{HookError, run};
+pub use runner::{Call, HookError, run};
 
 use crate::sys;
 

@@ -1,12 +1,13 @@
 //! Runs hooks: as children of a process in a PID namespace of its own, so that nothing a hook starts outlives it, and
 //! whoever dies on the way takes all of them with him.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::AsFd;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use rustix::fs::MemfdFlags;
@@ -17,7 +18,8 @@ use serde::{Deserialize, Serialize};
 use crate::enroot::os;
 use crate::request::Environment;
 use crate::sys;
-use crate::sys::command::{Stream, capture};
+use crate::sys::command::{Stream, capture_fed};
+use crate::sys::memfile;
 use crate::sys::process::{Forked, close_all_but, exit_now, fork};
 
 /// Most bytes of a hook's standard error that are kept.
@@ -43,6 +45,25 @@ impl From<io::Error> for HookError {
     }
 }
 
+/// One hook.
+#[derive(Debug)]
+pub struct Call<'a> {
+    /// The program: absolute.
+    pub program: PathBuf,
+    /// With `argv[0]`; if empty, the program alone.
+    pub arguments: Vec<String>,
+    /// Its whole environment.
+    pub environment: Cow<'a, Environment>,
+    /// On its standard input.
+    pub input: Vec<u8>,
+    /// How long it may take.
+    pub time: Duration,
+    /// What says so.
+    pub limit: &'static str,
+    /// What it is called in messages.
+    pub name: String,
+}
+
 /// What one hook did.
 #[derive(Debug, Serialize, Deserialize)]
 struct Report {
@@ -53,15 +74,9 @@ struct Report {
     log: String,
 }
 
-/// Runs `programs` in order, each for at most `time`, with `environment` and in `cwd`. The caller is alone in its process
-/// and holds the capabilities of the container's user namespace, which the hooks get as well. Gives what the hooks wrote to
-/// standard error.
-pub fn run(
-    programs: &[PathBuf],
-    environment: &Environment,
-    cwd: &Path,
-    time: Duration,
-) -> Result<Vec<String>, HookError> {
+/// Makes `calls` in order and in `cwd`, until one fails. The caller is alone in its process and holds the capabilities of the
+/// container's user namespace, which the hooks get as well. Gives what the hooks wrote to standard error.
+pub fn run(calls: &[Call<'_>], cwd: &Path) -> Result<Vec<String>, HookError> {
     let (wait, release) = io::pipe()?;
     let file = rustix::fs::memfd_create("pyxis-hooks", MemfdFlags::CLOEXEC).map_err(io::Error::from)?;
     let mut file = File::from(file);
@@ -83,7 +98,7 @@ pub fn run(
             if prepared.is_err() || (&wait).read(&mut [0]).unwrap_or(0) != 1 {
                 exit_now(1);
             }
-            let done = run_all(programs, environment, cwd, time, &mut file);
+            let done = run_all(calls, cwd, &mut file);
             exit_now(i32::from(done.is_err()))
         }
         Forked::Parent(runner) => runner,
@@ -94,7 +109,7 @@ pub fn run(
     let status = rustix::io::retry_on_intr(|| rustix::process::waitpid(Some(runner), WaitOptions::empty()));
     released?;
     let succeeded = matches!(status, Ok(Some((_, status))) if status.exit_status() == Some(0));
-    evaluate(programs, file, time, succeeded)
+    evaluate(calls, file, succeeded)
 }
 
 /// Hooks are programs of an ordinary user: only ambient capabilities survive their execution.
@@ -108,15 +123,9 @@ fn keep_capabilities() -> io::Result<()> {
     crate::task::fake_ownership().load()
 }
 
-fn run_all(
-    programs: &[PathBuf],
-    environment: &Environment,
-    cwd: &Path,
-    time: Duration,
-    file: &mut File,
-) -> io::Result<()> {
-    for program in programs {
-        let report = run_one(program, environment, cwd, time);
+fn run_all(calls: &[Call<'_>], cwd: &Path, file: &mut File) -> io::Result<()> {
+    for call in calls {
+        let report = run_one(call, cwd);
         end_everything()?;
         let mut line = serde_json::to_vec(&report)?;
         line.push(b'\n');
@@ -128,19 +137,29 @@ fn run_all(
     Ok(())
 }
 
-fn run_one(program: &Path, environment: &Environment, cwd: &Path, time: Duration) -> Report {
+fn run_one(call: &Call<'_>, cwd: &Path) -> Report {
+    let arguments = call.arguments.get(1..).unwrap_or_default();
     let run = |mut command: Command| {
+        let input = match call.input.as_slice() {
+            [] => Stdio::null(),
+            input => Stdio::from(memfile::sealed("pyxis-hook-input", input)?),
+        };
         command
+            .args(arguments)
             .env_clear()
-            .envs(environment.iter().map(|(name, value)| (os(name), os(value))))
+            .envs(call.environment.iter().map(|(name, value)| (os(name), os(value))))
             .current_dir(if cwd.is_dir() { cwd } else { Path::new("/") });
-        capture(&mut command, Stream::Error, MAX_LOG, time)
+        capture_fed(&mut command, input, Stream::Error, MAX_LOG, call.time)
     };
-    let captured = match run(Command::new(program)) {
+    let mut command = Command::new(&call.program);
+    if let Some(name) = call.arguments.first() {
+        command.arg0(name);
+    }
+    let captured = match run(command) {
         // Without "#!" it is a script for the shell, as shells have it.
         Err(error) if error.raw_os_error() == Some(libc::ENOEXEC) => {
             let mut shell = Command::new("/bin/sh");
-            shell.arg(program);
+            shell.arg(&call.program);
             run(shell)
         }
         other => other,
@@ -171,18 +190,18 @@ fn end_everything() -> io::Result<()> {
     }
 }
 
-fn evaluate(programs: &[PathBuf], mut file: File, time: Duration, succeeded: bool) -> Result<Vec<String>, HookError> {
+fn evaluate(calls: &[Call<'_>], mut file: File, succeeded: bool) -> Result<Vec<String>, HookError> {
     file.rewind()?;
     let mut text = String::new();
     file.take(MAX_REPORT).read_to_string(&mut text)?;
     let mut all = Vec::new();
     let mut reports = text.lines();
-    for program in programs {
+    for call in calls {
         let report: Report = match reports.next().map(serde_json::from_str) {
             Some(Ok(report)) => report,
             _ => return Err(io::Error::other("the process that runs them has ended").into()),
         };
-        let program = program.display();
+        let program = &call.name;
         let log = shown(&report.log);
         let reason = match (report.error, report.status.map(ExitStatus::from_raw)) {
             (None, Some(status)) if status.success() => {
@@ -193,10 +212,9 @@ fn evaluate(programs: &[PathBuf], mut file: File, time: Duration, succeeded: boo
                 let code = status.code().or_else(|| Some(128 + status.signal()?)).unwrap_or(1);
                 format!("{program} exited with return code {code}")
             }
-            (None, None) => format!(
-                "{program} did not end within {} seconds ([hooks] timeout_seconds) and was killed",
-                time.as_secs()
-            ),
+            (None, None) => {
+                format!("{program} did not end within {} seconds ({}) and was killed", call.time.as_secs(), call.limit)
+            }
             (Some(error), _) => format!("{program} cannot be executed: {error}"),
         };
         return Err(HookError { log, reason });

@@ -34,8 +34,8 @@ impl Workspace {
         runtime.join("hooks")
     }
 
-    /// Mounts and fills it. `environ` is what [`Workspace::environ`] begins with.
-    pub fn create(runtime: &Path, environ: &[u8]) -> io::Result<Self> {
+    /// Covers the directory with an empty file system that nobody else sees.
+    pub fn cover(runtime: &Path) -> io::Result<PathBuf> {
         let directory = Self::mount_point(runtime);
         let tmpfs = || {
             let tmpfs = FsContext::open("tmpfs")?;
@@ -46,7 +46,12 @@ impl Workspace {
         };
         let mount = tmpfs().map_err(io::Error::other)?;
         attach_at(mount.as_fd(), &directory)?;
-        let workspace = Self { directory };
+        Ok(directory)
+    }
+
+    /// Mounts and fills it. `environ` is what [`Workspace::environ`] begins with.
+    pub fn create(runtime: &Path, environ: &[u8]) -> io::Result<Self> {
+        let workspace = Self { directory: Self::cover(runtime)? };
         fs::write(workspace.path("environ"), environ)?;
         fs::write(workspace.path("mounts"), "")?;
         fs::write(workspace.path("common.sh"), COMMON)?;

@@ -216,7 +216,7 @@ impl<'a> Alone<'a> {
         }
         let mut here = Here(Vec::new());
         furnisher.with_the_task(start.environment, &DeviceAccess::of_this_process(), &mut here)?;
-        let Furnished { mut environment, root, mut log, .. } = furnisher.finish(&login);
+        let Furnished { mut environment, root, oci_hooks, mut log, .. } = furnisher.finish(&login);
         log.extend(here.0);
         rustix::process::fchdir(&root).map_err(step("enter the root filesystem"))?;
         pivot().map_err(step("pivot_root"))?;
@@ -231,6 +231,7 @@ impl<'a> Alone<'a> {
             let attributes = Attributes { set: libc::MOUNT_ATTR_RDONLY, ..Attributes::default() };
             set_attributes(root.as_fd(), &attributes).map_err(step("make the root filesystem read-only"))?;
         }
+        log.extend(oci_hooks.start(start, &environment)?);
         let terminal = start.environment.get("TERM").filter(|terminal| !terminal.is_empty()).unwrap_or(b"dumb");
         environment.set_default("TERM", terminal);
         let entrypoint = entrypoint.map(|entrypoint| entrypoint.words);

@@ -1,6 +1,7 @@
 //! Furnishing the root filesystem, in enroot's order (behaviour reference, section 14): what mounts for every container,
 //! the image's adaptation to user and host, then, with the task's environment, what mounts after the hooks.
 
+use std::borrow::Cow;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -10,15 +11,17 @@ use rustix::io::Errno;
 
 use super::devices::{self, Appeared};
 use super::environment::{FromHost, image_file};
+use super::oci_hooks::{Furnishing, OciHooks};
 use super::plan::{self, Plan};
 use super::pmix;
 use super::site::Site;
 use super::{InitError, Start, step};
 use crate::devices::access::DeviceAccess;
+use crate::devices::edits::Hook;
 use crate::devices::private;
 use crate::enroot::{environ, generated, mounts};
-use crate::hooks;
 use crate::hooks::workspace::Workspace;
+use crate::hooks::{self, Call};
 use crate::image::config::ImageConfig;
 use crate::mounts::apply::{apply, missing_sources};
 use crate::mounts::entry::MountEntry;
@@ -55,6 +58,9 @@ pub struct Furnisher<'a> {
     more_hooks: Vec<PathBuf>,
     environment: Environment,
     hook_variables: Environment,
+    /// OCI hooks that the devices want.
+    device_hooks: Vec<Hook>,
+    oci_hooks: OciHooks,
     /// Of the container, unless something else gives them a value.
     variables: Vec<(&'static str, Vec<u8>)>,
     gpu_numbers: Vec<(u32, u32)>,
@@ -100,6 +106,8 @@ impl<'a> Furnisher<'a> {
             more_hooks: Vec::new(),
             environment: Environment::default(),
             hook_variables: Environment::default(),
+            device_hooks: Vec::new(),
+            oci_hooks: OciHooks::default(),
             variables: Vec::new(),
             gpu_numbers: Vec::new(),
             log,
@@ -187,7 +195,32 @@ impl<'a> Furnisher<'a> {
         let entries: Vec<MountEntry> = self.fstab.of(Pass::AfterHooks).cloned().collect();
         self.mount(&entries)?;
         let entries = std::mem::take(&mut self.plan.user_mounts);
-        self.mount(&entries)
+        self.mount(&entries)?;
+        self.run_oci_hooks(&host, outside)
+    }
+
+    /// When everything is mounted, as runtimes have it.
+    fn run_oci_hooks(&mut self, host: &Environment, outside: &mut dyn Outside) -> Result<(), InitError> {
+        let (mut hooks, log) = OciHooks::find(self.start, self.image, std::mem::take(&mut self.device_hooks))?;
+        self.log.extend(log);
+        if hooks.is_empty() {
+            return Ok(());
+        }
+        outside.enter_task_cgroup()?;
+        let choices = self.site.choices;
+        let container = Furnishing {
+            root: &rootfs(self.start),
+            is_readonly: !choices.writable,
+            remap_root: choices.remap_root,
+            environment: &self.environment,
+            host,
+        };
+        let said = hooks.create(self.start, self.image, container)?;
+        self.log.extend(said);
+        // A hook may have mounted a new root.
+        self.enter_topmost();
+        self.oci_hooks = hooks;
+        Ok(())
     }
 
     fn run_hooks(&mut self, programs: &[PathBuf], mut environment: Environment) -> Result<(), InitError> {
@@ -195,7 +228,19 @@ impl<'a> Furnisher<'a> {
         let workspace = Workspace::create(self.start.runtime, &before).map_err(step("hooks"))?;
         workspace.announce(&mut environment);
         let time = Duration::from_secs(self.start.hooks.timeout_seconds.into());
-        let said = hooks::run(programs, &environment, &self.start.request.cwd, time).map_err(|error| {
+        let calls: Vec<Call<'_>> = programs
+            .iter()
+            .map(|program| Call {
+                program: program.clone(),
+                arguments: Vec::new(),
+                environment: Cow::Borrowed(&environment),
+                input: Vec::new(),
+                time,
+                limit: "[hooks] timeout_seconds",
+                name: program.display().to_string(),
+            })
+            .collect();
+        let said = hooks::run(&calls, &self.start.request.cwd).map_err(|error| {
             InitError::Log(error.log.into_iter().chain([format!("[ERROR] {}", error.reason)]).collect())
         })?;
         self.log.extend(said);
@@ -269,6 +314,7 @@ impl<'a> Furnisher<'a> {
             environment: self.environment,
             hook_variables: self.hook_variables,
             gpu_numbers: self.gpu_numbers,
+            oci_hooks: self.oci_hooks,
             root: self.root,
             log: self.log,
         }
@@ -284,6 +330,8 @@ pub struct Furnished {
     pub hook_variables: Environment,
     /// See [`ContainerEdits::gpu_numbers`](crate::devices::edits::ContainerEdits::gpu_numbers).
     pub gpu_numbers: Vec<(u32, u32)>,
+    /// OCI hooks: some run when its root is the root.
+    pub oci_hooks: OciHooks,
     /// Its root.
     pub root: OwnedFd,
     /// For the node's log.

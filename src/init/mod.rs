@@ -12,6 +12,7 @@ mod entrypoint;
 mod environment;
 mod furnish;
 mod hook_variables;
+mod oci_hooks;
 mod plan;
 mod pmix;
 pub mod protocol;
@@ -245,7 +246,7 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     // From here on with the task's environment, and the task is in its cgroups.
     let proceed = receive_proceed(channel)?;
     furnisher.with_the_task(&proceed.environment, &proceed.devices, &mut &*channel)?;
-    let Furnished { environment, hook_variables, gpu_numbers, root, log } = furnisher.finish(&login);
+    let Furnished { environment, hook_variables, gpu_numbers, oci_hooks, root, log } = furnisher.finish(&login);
     drop(lock);
     for line in log {
         let line = UserMessage::Log(format!("pyxis: {line}"));
@@ -268,6 +269,10 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     if !site.choices.writable {
         let attributes = Attributes { set: libc::MOUNT_ATTR_RDONLY, ..Attributes::default() };
         set_attributes(root.as_fd(), &attributes).map_err(step("make the root filesystem read-only"))?;
+    }
+    for line in oci_hooks.start(start, &environment)? {
+        let line = UserMessage::Log(format!("pyxis: {line}"));
+        channel.send(&FromInit::Say(line), &[]).map_err(|_| InitError::Abandoned)?;
     }
     let environment = memfile::sealed("pyxis-environment", &environment.to_block()).map_err(step("environment"))?;
     let entrypoint = Probe::of(entrypoint).map_err(step("entrypoint"))?;

@@ -34,10 +34,21 @@ pub struct Captured {
 /// Runs `command` in a process group of its own, with nothing on its standard input, and ends the whole group when the
 /// program ends or `time` is over. At most `limit` bytes of the stream are kept.
 pub fn capture(command: &mut Command, stream: Stream, limit: usize, time: Duration) -> io::Result<Captured> {
+    capture_fed(command, Stdio::null(), stream, limit, time)
+}
+
+/// The same, with something on its standard input.
+pub fn capture_fed(
+    command: &mut Command,
+    input: Stdio,
+    stream: Stream,
+    limit: usize,
+    time: Duration,
+) -> io::Result<Captured> {
     let (kept, discarded) = (Stdio::piped(), Stdio::null());
     let (output, error) = if stream == Stream::Output { (kept, discarded) } else { (discarded, kept) };
     let deadline = Instant::now() + time;
-    let mut child = command.stdin(Stdio::null()).stdout(output).stderr(error).process_group(0).spawn()?;
+    let mut child = command.stdin(input).stdout(output).stderr(error).process_group(0).spawn()?;
     let mut text = Vec::new();
     let ended = watch(&mut child, &mut text, limit, deadline);
     // The group has the pid's number until the child is waited for. Nobody else can have it.

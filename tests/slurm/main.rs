@@ -21,6 +21,7 @@ mod lifecycle;
 mod mounts;
 mod mpi;
 mod named;
+mod oci_hooks;
 mod options;
 mod packages;
 mod policy;
@@ -60,6 +61,7 @@ fn main() -> ExitCode {
         ("options", options::CASES),
         ("environment", environment::CASES),
         ("enroot_world", enroot_world::CASES),
+        ("oci_hooks", oci_hooks::CASES),
         ("identity", identity::CASES),
         ("mounts", mounts::CASES),
         ("images", images::CASES),

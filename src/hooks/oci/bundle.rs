@@ -129,8 +129,7 @@ mod tests {
             cwd: "/".into(),
             annotations: &annotations,
         };
-        let state: serde_json::Value =
-            serde_json::from_slice(&description.state(HookStage::CreateContainer)).unwrap();
+        let state: serde_json::Value = serde_json::from_slice(&description.state(HookStage::CreateContainer)).unwrap();
         let bundle = directory.path();
         assert_eq!(
             state,
@@ -138,8 +137,7 @@ mod tests {
                    "annotations": {"a": "b"}})
         );
         description.write().unwrap();
-        let config: serde_json::Value =
-            serde_json::from_slice(&fs::read(bundle.join("config.json")).unwrap()).unwrap();
+        let config: serde_json::Value = serde_json::from_slice(&fs::read(bundle.join("config.json")).unwrap()).unwrap();
         assert_eq!(config["root"], json!({"path": "/run/pyxis/root", "readonly": true}));
         assert_eq!(config["process"]["user"], json!({"uid": 1000, "gid": 100}));
     }

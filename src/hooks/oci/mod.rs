@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use regex_lite::Regex;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 use crate::devices::edits::{Hook, HookStage};
 use crate::enroot::{files_in, read_file};
@@ -52,8 +53,8 @@ pub struct InvalidHook {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Document {
-    #[serde(default)]
-    version: String,
+    #[serde(rename = "version")]
+    _version: IgnoredAny,
     hook: Program,
     when: When,
     stages: Vec<String>,
@@ -170,7 +171,8 @@ impl When {
             return Err("when: it has no condition".into());
         }
         let expression = |text: &String| Regex::new(text).map_err(|error| format!("when: {text:?}: {error}"));
-        let mut matching = always.unwrap_or(true) && has_bind_mounts.is_none_or(|wanted| wanted && facts.has_bind_mounts);
+        let mut matching =
+            always.unwrap_or(true) && has_bind_mounts.is_none_or(|wanted| wanted && facts.has_bind_mounts);
         for (key, value) in annotations {
             let (key, value) = (expression(key)?, expression(value)?);
             matching &= facts.annotations.iter().any(|(name, text)| key.is_match(name) && value.is_match(text));
@@ -237,7 +239,10 @@ mod tests {
         let paths: Vec<_> = found.hooks.iter().map(|hook| hook.path.to_str().unwrap()).collect();
         assert_eq!(paths, ["/bin/usr-a", "/bin/etc-my", "/bin/etc-upper", "/bin/etc-b"]);
         let first = &found.hooks[0];
-        assert_eq!((first.args.join(" "), first.env.join(" "), first.timeout_seconds), ("h x".into(), "A=1".into(), Some(5)));
+        assert_eq!(
+            (first.args.join(" "), first.env.join(" "), first.timeout_seconds),
+            ("h x".into(), "A=1".into(), Some(5))
+        );
         assert!(first.origin.ends_with("usr/01-A.json"));
     }
 
@@ -280,7 +285,10 @@ mod tests {
         for (text, expected) in [
             ("{".to_owned(), ":1:1: EOF while parsing an object"),
             (good.replace("1.0.0", "2.0.0"), ": version \"2.0.0\": only 1.0.0 is known"),
-            (r#"{"hook": "/bin/h", "stages": []}"#.to_owned(), ": it has no \"version\": the schema 0.1.0 is not supported; write it as 1.0.0"),
+            (
+                r#"{"hook": "/bin/h", "stages": []}"#.to_owned(),
+                ": it has no \"version\": the schema 0.1.0 is not supported; write it as 1.0.0",
+            ),
             (good.replace("prestart", "prestrat"), ": stages: unknown stage \"prestrat\""),
             (good.replace("/bin/h", "bin/h"), ": hook.path \"bin/h\": must be an absolute path"),
             (good.replace("A=1", "A"), ": hook.env: \"A\" is no NAME=VALUE"),
