@@ -310,11 +310,13 @@ impl Config {
             ("enroot.sysconf_path", &config.enroot.sysconf_path),
         ];
         let of_hooks = config.hooks.oci_directories.iter().map(|directory| ("hooks.oci_directories", directory));
-        for (name, directory) in directories.into_iter().chain(of_hooks) {
+        let of_cdi = config.devices.cdi_directories.iter().map(|directory| ("devices.cdi_directories", directory));
+        for (name, directory) in directories.into_iter().chain(of_hooks).chain(of_cdi) {
             if !directory.is_absolute() {
                 return Err(invalid(format!("{name}: must be an absolute path: {}", directory.display())));
             }
         }
+        crate::devices::gres::check(&config.devices.gres).map_err(invalid)?;
         if config.container.entrypoint_timeout_seconds == 0 {
             return Err(invalid("container.entrypoint_timeout_seconds: must be at least 1".into()));
         }
@@ -375,6 +377,9 @@ mod tests {
         assert!(!error("a = '''\nx").contains('\n'));
         assert_eq!(error("[store]\npath = \"x\"\n"), "/etc/x.toml: store.path: must be an absolute path: x");
         assert!(error("[import]\nmax_connections = 0\n").contains("max_connections"));
+        assert!(
+            error("[devices.gres]\ngpu = \"x\"\n").starts_with("/etc/x.toml: devices.gres.gpu: \"x\" is no device")
+        );
     }
 
     #[test]
@@ -394,7 +399,9 @@ mod tests {
         assert_eq!(enabled.network, NetworkConfig::default());
         assert_eq!(enabled.enroot, EnrootSettings::default());
         assert_eq!(enabled.hooks, HookSettings::default());
-        assert_eq!(enabled.devices, DeviceSettings::default());
+        assert!(enabled.devices.gres.contains_key("gpu"));
+        let devices = DeviceSettings { gres: BTreeMap::new(), ..enabled.devices };
+        assert_eq!(devices, DeviceSettings::default());
         assert!(enabled.registry.contains_key("docker.io"));
     }
 }

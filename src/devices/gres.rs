@@ -58,8 +58,22 @@ pub fn devices(mapping: &Mapping, step: Step<'_>) -> Result<Vec<QualifiedName>, 
     Ok(devices)
 }
 
+/// What a container gets: the devices that were `asked` for, then those of what the step has. Where the mapping knows a
+/// kind, all of its devices are all of the step's.
+pub fn wanted(asked: &[QualifiedName], mapping: &Mapping, step: Step<'_>) -> Result<Vec<QualifiedName>, InvalidName> {
+    let of_step = devices(mapping, step)?;
+    let is_every = |name: &&QualifiedName| name.name() == "all" && step.id.is_some() && maps(mapping, &name.kind);
+    let mut wanted: Vec<QualifiedName> = Vec::new();
+    for name in asked.iter().filter(|name| !is_every(name)).chain(&of_step) {
+        if !wanted.contains(name) {
+            wanted.push(name.clone());
+        }
+    }
+    Ok(wanted)
+}
+
 /// Whether the mapping says how devices of this kind are called.
-pub fn maps(mapping: &Mapping, kind: &Kind) -> bool {
+fn maps(mapping: &Mapping, kind: &Kind) -> bool {
     mapping.values().any(|template| name(template, "0").is_ok_and(|device| device.kind == *kind))
 }
 
@@ -118,6 +132,20 @@ mod tests {
         let all = mapping(&[("fpga", "vendor.com/fpga=all")]);
         assert_eq!(shown(&all, Some(0), &["SLURM_STEP_FPGAS=0,1"]), "vendor.com/fpga=all");
         assert!(maps(&all, &"vendor.com/fpga".parse().unwrap()) && !maps(&all, &"vendor.com/x".parse().unwrap()));
+    }
+
+    #[test]
+    fn all_devices_are_all_of_the_steps() {
+        let amd = mapping(&[("gpu", "amd.com/gpu={index}")]);
+        let asked: Vec<QualifiedName> =
+            ["amd.com/gpu=all", "v.com/x=all", "amd.com/gpu=1"].iter().map(|name| name.parse().unwrap()).collect();
+        let variables = ["SLURM_STEP_GPUS=1,2"].iter().collect();
+        let shown = |id| {
+            let wanted = wanted(&asked, &amd, Step { id, variables: &variables }).unwrap();
+            wanted.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(shown(Some(0)), "v.com/x=all amd.com/gpu=1 amd.com/gpu=2");
+        assert_eq!(shown(None), "amd.com/gpu=all v.com/x=all amd.com/gpu=1");
     }
 
     #[test]

@@ -5,9 +5,12 @@
 use std::path::Path;
 
 use super::access::DeviceAccess;
+use super::cdi;
 use super::edits::ContainerEdits;
+use super::gres;
 use super::host::Host;
 use super::nvidia;
+use super::nvidia::by_cdi::{self, Way};
 use super::nvidia::select::TakeInventory;
 use super::root::RootTraits;
 use super::settings::DeviceSettings;
@@ -73,5 +76,23 @@ pub struct DeviceError(pub String);
 
 /// What the devices of one container need. `take_inventory` asks NVML, which takes long: only if it cannot be avoided.
 pub fn plan(inputs: &Inputs<'_>, take_inventory: &mut TakeInventory<'_>) -> Result<ContainerEdits, DeviceError> {
-    nvidia::plan(&inputs.nvidia(), take_inventory).map_err(|error| DeviceError(error.to_string()))
+    let (request, settings) = (inputs.request, inputs.settings);
+    let step = gres::Step { id: request.step.as_ref().map(|facts| facts.step_id), variables: inputs.job };
+    let asked = gres::wanted(&request.devices, &settings.gres, step).map_err(failed)?;
+    let directories = &settings.cdi_directories;
+    let way = by_cdi::choose(&inputs.nvidia(), directories, &asked, take_inventory).map_err(failed)?;
+    let (mut edits, names, registry) = match way {
+        Way::Cdi { names, edits, registry } => (*edits, names, registry),
+        Way::Native(note) => {
+            let mut edits = nvidia::plan(&inputs.nvidia(), take_inventory).map_err(failed)?;
+            edits.log.extend(note);
+            (edits, asked, None)
+        }
+    };
+    edits.extend(cdi::plan(directories, registry, &names, &request.user).map_err(failed)?);
+    Ok(edits)
+}
+
+fn failed(error: impl std::fmt::Display) -> DeviceError {
+    DeviceError(error.to_string())
 }

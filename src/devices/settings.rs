@@ -2,7 +2,12 @@
 
 #![forbid(unsafe_code)]
 
+use std::path::PathBuf;
+
 use serde::Deserialize;
+
+use super::cdi::registry::DIRECTORIES;
+use super::gres;
 
 /// `[devices]`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -10,10 +15,14 @@ use serde::Deserialize;
 pub struct DeviceSettings {
     /// `infiniband`: InfiniBand and RoCE devices, as `MELLANOX_VISIBLE_DEVICES` says.
     pub infiniband: bool,
+    /// `cdi_directories`: directories of CDI specifications, of which the last one counts most.
+    pub cdi_directories: Vec<PathBuf>,
+    /// `[devices.gres]`: what devices of a generic resource are called in CDI specifications.
+    pub gres: gres::Mapping,
 }
 
 impl Default for DeviceSettings {
     fn default() -> Self {
-        Self { infiniband: true }
+        Self { infiniband: true, cdi_directories: DIRECTORIES.map(PathBuf::from).into(), gres: gres::Mapping::new() }
     }
 }

@@ -8,6 +8,7 @@ use super::furnish::Outside;
 use super::{InitError, Start};
 use crate::devices::access::DeviceAccess;
 use crate::devices::apply::{Future, Place, apply};
+use crate::devices::edits::Hook;
 use crate::devices::host::Host;
 use crate::devices::nvidia::driver::Driver;
 use crate::devices::nvidia::inventory::{self, Inventory};
@@ -25,6 +26,8 @@ pub struct Appeared {
     pub variables: Vec<(String, String)>,
     /// See [`ContainerEdits::gpu_numbers`](crate::devices::edits::ContainerEdits::gpu_numbers).
     pub gpu_numbers: Vec<(u32, u32)>,
+    /// OCI hooks.
+    pub hooks: Vec<Hook>,
     /// For the node's log.
     pub log: Vec<String>,
 }
@@ -72,7 +75,7 @@ pub fn appear(
         workshop: &Workspace::mount_point(start.runtime),
     };
     apply(&place, &edits, say).map_err(|error| InitError::Other(error.to_string()))?;
-    Ok(Appeared { variables: edits.env, gpu_numbers: edits.gpu_numbers, log: edits.log })
+    Ok(Appeared { variables: edits.env, gpu_numbers: edits.gpu_numbers, hooks: edits.hooks, log: edits.log })
 }
 
 /// What NVML knows, if it was asked since something has changed, or else asked now.

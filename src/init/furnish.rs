@@ -273,13 +273,14 @@ impl<'a> Furnisher<'a> {
     ) -> Result<(), InitError> {
         let environments = (host, &self.environment);
         let own_dev = self.site.choices.restrict_dev;
-        let Appeared { variables, gpu_numbers, log } =
+        let Appeared { variables, gpu_numbers, hooks, log } =
             devices::appear(self.start, self.root(), own_dev, environments, refused, outside)?;
         self.gpu_numbers = gpu_numbers;
         for (name, value) in variables {
             self.environment.set(name.as_str(), value.as_str());
             self.hook_variables.set(name, value);
         }
+        self.device_hooks = hooks;
         self.log.extend(log);
         Ok(())
     }

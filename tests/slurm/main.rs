@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod bad_input;
+mod cdi;
 mod command;
 mod devices;
 mod enroot_world;
@@ -81,6 +82,7 @@ fn main() -> ExitCode {
         ("command", command::CASES),
         ("unshare", unshare::CASES),
         ("devices", devices::CASES),
+        ("cdi", cdi::CASES),
         ("entrypoint", entrypoint::CASES),
         ("save", save::CASES),
         ("lifecycle", lifecycle::CASES),

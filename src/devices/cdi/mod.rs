@@ -8,11 +8,11 @@ pub mod document;
 mod known;
 pub mod name;
 mod pattern;
-mod plan;
+mod planner;
 pub mod registry;
 
 #[cfg(test)]
 mod tests;
 
 pub use name::{Kind, QualifiedName};
-pub use registry::{CdiError, Registry};
+pub use registry::{CdiError, Registry, plan};

@@ -56,6 +56,11 @@ pub enum InvalidName {
 }
 
 impl Kind {
+    /// Before the slash.
+    pub fn vendor(&self) -> &str {
+        &self.vendor
+    }
+
     /// Its class may have dots since version 0.6.0.
     pub fn class(&self) -> &str {
         &self.class

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use super::document::{Device, Document, Format};
 use super::name::{Kind, QualifiedName};
-use super::plan;
+use super::planner::Planner;
 use crate::devices::edits::ContainerEdits;
 use crate::enroot::{files_in, read_file};
 use crate::request::User;
@@ -82,6 +82,28 @@ pub enum CdiError {
         /// Why not.
         problem: String,
     },
+}
+
+/// What a container of `user` gets with the devices `names`, by the files of `directories`. `registry` is what was read of
+/// those of their vendors, if anything.
+pub fn plan(
+    directories: &[PathBuf],
+    registry: Option<Registry>,
+    names: &[QualifiedName],
+    user: &User,
+) -> Result<ContainerEdits, CdiError> {
+    if names.is_empty() {
+        return Ok(ContainerEdits::default());
+    }
+    let vendors: Vec<&str> = names.iter().map(|name| name.kind.vendor()).collect();
+    let registry = registry.unwrap_or_else(|| Registry::load(directories, Some(&vendors)));
+    let mut edits = match registry.edits(names, user) {
+        // What there is instead is in other files.
+        Err(CdiError::Unknown { .. }) => Registry::load(directories, None).edits(names, user)?,
+        other => other?,
+    };
+    edits.log.extend(registry.problems.iter().map(|problem| format!("not understood: {problem}")));
+    Ok(edits)
 }
 
 fn listed(before: &str, lines: &[String]) -> String {
@@ -189,7 +211,7 @@ impl Registry {
     /// What a container gets that has the devices `names`, of the user `user`: the edits of each device in this order, and
     /// before the first one of each file what the file says for all.
     pub fn edits(&self, names: &[QualifiedName], user: &User) -> Result<ContainerEdits, CdiError> {
-        let mut planner = plan::Planner::default();
+        let mut planner = Planner::default();
         let (mut files, mut seen) = (BTreeSet::new(), BTreeSet::new());
         for name in names.iter().filter(|name| seen.insert(*name)) {
             let (file, index) = match self.devices.get(name) {

@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 pub mod allocation;
+pub mod by_cdi;
 mod contents;
 pub mod driver;
 pub mod inventory;
@@ -99,6 +100,12 @@ pub enum NvidiaError {
         /// Its value.
         text: String,
     },
+    /// A CDI specification that is older than the GPUs.
+    #[error(
+        "the CDI specification of nvidia.com/gpu has no device for {0}: it is out of date; nvidia-ctk cdi generate \
+         makes a new one"
+    )]
+    NotDescribed(String),
     /// NVML was needed and does not answer.
     #[error("nvidia-container-cli: nvml error: {0}")]
     Nvml(String),
@@ -129,11 +136,7 @@ pub fn plan(request: &Request<'_>, take: &mut TakeInventory<'_>) -> Result<Conta
     let allocation = Allocation::of(host, &driver, request.step, request.job, request.refused);
     let mut edits = ContainerEdits::default();
     if wish::visible(request.variables, request.container).0 == Visible::Nothing {
-        let own: Vec<u32> = driver.gpus.iter().filter(|gpu| allocation.has(gpu)).map(|gpu| gpu.minor).collect();
-        let others = driver.gpus.iter().filter(|gpu| !allocation.has(gpu));
-        nodes::hide_gpus(&mut edits, host, others);
-        edits.gpu_numbers = numbers(&driver, &allocation, &own);
-        return Ok(edits);
+        return Ok(hide_others(request));
     }
     let wish = Wish::read(request.variables, request.container)?;
     let mut candidates = Candidates::new(&driver, &allocation);
@@ -154,6 +157,57 @@ pub fn plan(request: &Request<'_>, take: &mut TakeInventory<'_>) -> Result<Conta
         edits.gpu_numbers = numbers(&driver, &allocation, &visible);
     }
     Ok(edits)
+}
+
+/// For a container that nothing is added to: GPUs of other jobs are hidden.
+pub fn hide_others(request: &Request<'_>) -> ContainerEdits {
+    let host = request.host;
+    let mut edits = ContainerEdits::default();
+    let Some(driver) = Driver::read(host) else { return edits };
+    let allocation = Allocation::of(host, &driver, request.step, request.job, request.refused);
+    let own: Vec<u32> = driver.gpus.iter().filter(|gpu| allocation.has(gpu)).map(|gpu| gpu.minor).collect();
+    let others = driver.gpus.iter().filter(|gpu| !allocation.has(gpu));
+    nodes::hide_gpus(&mut edits, host, others);
+    edits.gpu_numbers = numbers(&driver, &allocation, &own);
+    edits
+}
+
+/// The GPUs of a container that gets driver and devices by a CDI specification.
+#[derive(Debug)]
+pub struct Selection {
+    /// What hides the others, and says what they are called.
+    pub edits: ContainerEdits,
+    /// For each GPU, or part of one, a device node that no other has.
+    pub nodes: Vec<String>,
+}
+
+/// Which GPUs of the job's the variables mean, or `all` of them. `None` if there are none, or none are wanted.
+pub fn select(
+    request: &Request<'_>,
+    all: bool,
+    take: &mut TakeInventory<'_>,
+) -> Result<Option<Selection>, NvidiaError> {
+    let host = request.host;
+    let Some(driver) = Driver::read(host) else { return Ok(None) };
+    let words = match wish::visible(request.variables, request.container).0 {
+        _ if all => vec!["all".to_owned()],
+        Visible::Devices(words) => words,
+        Visible::Nothing | Visible::DriverOnly => return Ok(None),
+    };
+    let allocation = Allocation::of(host, &driver, request.step, request.job, request.refused);
+    let mut candidates = Candidates::new(&driver, &allocation);
+    let chosen = candidates.choose(&words, take)?;
+    let mut edits = ContainerEdits::default();
+    let wish = Wish::read(request.variables, request.container)?;
+    check_requirements(&mut edits, &driver, &wish, &chosen, &mut candidates, take)?;
+    nodes::hide(&mut edits, host, &driver, &chosen);
+    let visible: Vec<u32> = chosen.iter().map(|one| one.gpu.minor).collect();
+    edits.gpu_numbers = numbers(&driver, &allocation, &visible);
+    let of = |one: &Chosen<'_>| match one.instances.as_slice() {
+        [] => vec![one.gpu.node()],
+        instances => instances.iter().flat_map(|instance| instance.nodes().into_iter().next_back()).collect(),
+    };
+    Ok(Some(Selection { edits, nodes: chosen.iter().flat_map(of).collect() }))
 }
 
 /// On a node without the driver an image that would like GPUs starts all the same; who names some does not get far.

@@ -112,7 +112,7 @@ fn channels(edits: &mut ContainerEdits, host: &Host, wish: &Wish) -> Result<(), 
 }
 
 /// What is not chosen is not seen either, where the container has the host's `/dev`.
-fn hide(edits: &mut ContainerEdits, host: &Host, driver: &Driver, chosen: &[Chosen<'_>]) {
+pub fn hide(edits: &mut ContainerEdits, host: &Host, driver: &Driver, chosen: &[Chosen<'_>]) {
     let is_chosen = |minor: u32| chosen.iter().any(|one| one.gpu.minor == minor);
     let others = driver.gpus.iter().filter(|gpu| !is_chosen(gpu.minor));
     hide_gpus(edits, host, others);
