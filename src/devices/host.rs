@@ -81,6 +81,11 @@ impl Host {
         stat.is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Socket)
     }
 
+    /// What a symbolic link holds.
+    pub fn link(&self, path: impl AsRef<Path>) -> Option<PathBuf> {
+        std::fs::read_link(self.path(path.as_ref())).ok()
+    }
+
     /// The regular file that the path leads to, by the name that no link is part of.
     pub fn resolve(&self, path: impl AsRef<Path>) -> Option<PathBuf> {
         let file = rustix::fs::open(self.path(path.as_ref()), OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).ok()?;

@@ -5,15 +5,15 @@
 use std::path::Path;
 
 use super::access::DeviceAccess;
-use super::cdi;
 use super::edits::ContainerEdits;
-use super::gres;
 use super::host::Host;
-use super::nvidia;
+use super::infiniband::{self, Device};
 use super::nvidia::by_cdi::{self, Way};
 use super::nvidia::select::TakeInventory;
 use super::root::RootTraits;
 use super::settings::DeviceSettings;
+use super::{cdi, extras, gres, nvidia, verbs};
+use crate::mounts::rootdir::RootDir;
 use crate::request::{Environment, StepRequest};
 
 /// What a plan is made from.
@@ -37,7 +37,9 @@ pub struct Inputs<'a> {
     pub private_dev: bool,
     /// The site's configuration.
     pub settings: &'a DeviceSettings,
-    /// The root filesystem.
+    /// The root filesystem, to look for what it has.
+    pub image: RootDir<'a>,
+    /// Where things go in it.
     pub root: &'a RootTraits,
 }
 
@@ -69,6 +71,11 @@ impl<'a> Inputs<'a> {
     }
 }
 
+/// Which InfiniBand devices a container wants.
+pub const INFINIBAND: &str = "MELLANOX_VISIBLE_DEVICES";
+/// Which GPUs.
+pub const GPUS: &str = "NVIDIA_VISIBLE_DEVICES";
+
 /// Why a container cannot have the devices that it asks for: one line that says it all.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -77,6 +84,18 @@ pub struct DeviceError(pub String);
 /// What the devices of one container need. `take_inventory` asks NVML, which takes long: only if it cannot be avoided.
 pub fn plan(inputs: &Inputs<'_>, take_inventory: &mut TakeInventory<'_>) -> Result<ContainerEdits, DeviceError> {
     let (request, settings) = (inputs.request, inputs.settings);
+    let mut variables = Vec::new();
+    if settings.sharp {
+        variables.extend(extras::sharp(inputs.host, inputs.variable(INFINIBAND), inputs.container));
+    }
+    if settings.mig_config && extras::may_divide(inputs.variable(GPUS)) {
+        variables.push(("NVIDIA_MIG_CONFIG_DEVICES".to_owned(), "all".to_owned()));
+    }
+    let mut container = inputs.container.clone();
+    for (name, value) in &variables {
+        container.set(name.as_str(), value.as_str());
+    }
+    let inputs = &Inputs { container: &container, ..*inputs };
     let step = gres::Step { id: request.step.as_ref().map(|facts| facts.step_id), variables: inputs.job };
     let asked = gres::wanted(&request.devices, &settings.gres, step).map_err(failed)?;
     let directories = &settings.cdi_directories;
@@ -90,6 +109,22 @@ pub fn plan(inputs: &Inputs<'_>, take_inventory: &mut TakeInventory<'_>) -> Resu
         }
     };
     edits.extend(cdi::plan(directories, registry, &names, &request.user).map_err(failed)?);
+    if settings.infiniband {
+        edits.extend(fabric(inputs)?);
+    }
+    edits.env.extend(variables);
+    Ok(edits)
+}
+
+fn fabric(inputs: &Inputs<'_>) -> Result<ContainerEdits, DeviceError> {
+    let wanted = inputs.variable(INFINIBAND);
+    if infiniband::is_nothing(wanted) {
+        return Ok(ContainerEdits::default());
+    }
+    let all = Device::all(inputs.node);
+    let chosen = infiniband::choose(&all, wanted).map_err(failed)?;
+    let mut edits = infiniband::plan(inputs.node, &all, &chosen);
+    verbs::add(&mut edits, inputs.node, inputs.image, inputs.root, &chosen);
     Ok(edits)
 }
 

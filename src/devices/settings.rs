@@ -15,6 +15,10 @@ use super::gres;
 pub struct DeviceSettings {
     /// `infiniband`: InfiniBand and RoCE devices, as `MELLANOX_VISIBLE_DEVICES` says.
     pub infiniband: bool,
+    /// `sharp`: variables for SHARP in jobs with `--network=sharp`, as enroot's hook `50-sharp` has them.
+    pub sharp: bool,
+    /// `mig_config`: containers of whole GPUs may divide them, as with enroot's hook `50-mig-config`.
+    pub mig_config: bool,
     /// `cdi_directories`: directories of CDI specifications, of which the last one counts most.
     pub cdi_directories: Vec<PathBuf>,
     /// `[devices.gres]`: what devices of a generic resource are called in CDI specifications.
@@ -23,6 +27,12 @@ pub struct DeviceSettings {
 
 impl Default for DeviceSettings {
     fn default() -> Self {
-        Self { infiniband: true, cdi_directories: DIRECTORIES.map(PathBuf::from).into(), gres: gres::Mapping::new() }
+        Self {
+            infiniband: true,
+            sharp: true,
+            mig_config: false,
+            cdi_directories: DIRECTORIES.map(PathBuf::from).into(),
+            gres: gres::Mapping::new(),
+        }
     }
 }

@@ -54,6 +54,7 @@ pub fn appear(
         may_use: &|path| refused.allows(path) && rustix::fs::access(path, Access::READ_OK | Access::WRITE_OK).is_ok(),
         private_dev,
         settings: start.devices,
+        image: root,
         root: &traits,
     };
     let edits =
