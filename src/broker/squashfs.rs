@@ -76,7 +76,7 @@ impl FuseServer {
         life: &OwnedFd,
         typed: &str,
     ) -> Result<Self, ImportError> {
-        let (channel, process) = import::start_reader::<ToServer, FromServer>(settings, cli::SQUASHFUSE, None)?;
+        let (channel, process) = import::start_reader::<ToServer, FromServer>(settings, cli::SQUASHFUSE)?;
         channel
             .send(&ToServer::Open { user: user.clone() }, &[file.as_fd(), life.as_fd()])
             .map_err(|error| ImportError::Start(format!("{}: {}", cli::SQUASHFUSE, sys::reason(error))))?;

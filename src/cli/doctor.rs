@@ -11,7 +11,7 @@ use crate::config::Config;
 use crate::container::kept::Containers;
 use crate::image::reference::ImageReference;
 use crate::registry::client::Client;
-use crate::registry::credentials::CredentialSet;
+use crate::registry::credentials::no_keys;
 use crate::request::User;
 use crate::rootfs::probe;
 use crate::store::Store;
@@ -192,7 +192,7 @@ fn registries(config: &Config, account: Option<User>) -> Vec<Check> {
                 true => format!("mirror {} of {name}", endpoint.host),
                 false => format!("registry {name}"),
             };
-            let client = Client::new(endpoint, settings.network, CredentialSet::default(), None);
+            let client = Client::new(endpoint, settings.network, no_keys(), None);
             checks.push(match unprivileged(account.as_ref(), || client.ping().err().map(|error| error.to_string())) {
                 None => Check::ok(&title, "answers"),
                 // Behind a mirror the registry itself need not be reachable, and a site may use others only.

@@ -17,7 +17,6 @@ pub mod protocol;
 mod signature;
 
 use std::fs::File;
-use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -34,14 +33,13 @@ use crate::image::manifest::Descriptor;
 use crate::image::platform::Platform;
 use crate::import::{Converted, LayerError, LayerLimits, write_squashfs};
 use crate::registry::client::Client;
-use crate::registry::credentials::CredentialSet;
+use crate::registry::credentials::remote::{Asker, RemoteKeys};
+use crate::registry::credentials::{SharedKeyring, no_keys};
 use crate::registry::resolve::resolve;
 use crate::squashfs;
 use crate::sys::channel::Channel;
 use crate::sys::memfile;
 
-/// Most bytes of the credentials that the reader passes on.
-const MAX_CREDENTIALS: u64 = 16 << 20;
 /// How often progress is reported.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 
@@ -198,13 +196,11 @@ fn find(start: Start, channel: &BrokerChannel) -> Result<Image, Failure> {
     let mut descriptors = start.descriptors.into_iter();
     let (image, report, config) = match start.command {
         Command::Resolve { reference, registries, limits } => {
-            let credentials = match descriptors.next() {
-                Some(pipe) => read_credentials(pipe).map_err(|error| {
-                    Failure::local(format!("cannot read the credentials: {}", crate::sys::reason(error)))
-                })?,
-                None => CredentialSet::default(),
+            let keyring: SharedKeyring = match descriptors.next() {
+                Some(channel) => Arc::new(RemoteKeys::new(Asker::from(channel))),
+                None => no_keys(),
             };
-            let found = resolve(&reference, &registries, &credentials, &Platform::host())?;
+            let found = resolve(&reference, &registries, &keyring, &Platform::host())?;
             let layers: Vec<LayerDescriptor> = std::iter::zip(&found.manifest.layers, &found.config.diff_ids)
                 .map(|(layer, diff_id)| LayerDescriptor { blob: layer.digest, diff_id: *diff_id, size: layer.size })
                 .collect();
@@ -216,7 +212,7 @@ fn find(start: Start, channel: &BrokerChannel) -> Result<Image, Failure> {
             };
             let upstream = found.client.endpoint().mirror.then(|| {
                 let upstream = registries.upstream(&reference);
-                Client::new(upstream, registries.network, credentials, reference.user.clone())
+                Client::new(upstream, registries.network, keyring, reference.user.clone())
             });
             let origin = Origin::Registry(Box::new(RegistryOrigin { client: Arc::new(found.client), upstream }));
             (Image::new(origin, found.digests, layers, &limits), report, found.config_bytes)
@@ -246,21 +242,6 @@ fn find(start: Start, channel: &BrokerChannel) -> Result<Image, Failure> {
         .send(&report, &[config.as_fd()])
         .map_err(|error| Failure::local(format!("cannot tell the broker: {}", crate::sys::reason(error))))?;
     Ok(image)
-}
-
-/// Reads what the credentials reader writes: it may come late, and nothing at all is an empty set.
-fn read_credentials(pipe: OwnedFd) -> io::Result<CredentialSet> {
-    use io::Read;
-    let mut bytes = Vec::new();
-    File::from(pipe).take(MAX_CREDENTIALS + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > MAX_CREDENTIALS {
-        return Err(io::Error::new(io::ErrorKind::FileTooLarge, "too many"));
-    }
-    if bytes.is_empty() {
-        return Ok(CredentialSet::default());
-    }
-    // Not the reason: it may quote a secret.
-    serde_json::from_slice(&bytes).map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "malformed"))
 }
 
 /// Does what the broker asks for until it asks for nothing more, or something fails.

@@ -1,7 +1,7 @@
 //! What broker and importer say to each other, over one [`Channel`](crate::sys::channel::Channel).
 //!
 //! ```text
-//! broker → Resolve (+ read end of the credentials pipe)
+//! broker → Resolve (+ a channel to who looks for the user's credentials)
 //!          importer → Resolved (+ memory file with the image config)      or Failed
 //! broker → Open (+ what the source reader opened)                          instead, for an image on this machine
 //!          importer → Resolved (+ memory file with the image config)      or Failed
@@ -30,8 +30,8 @@ use crate::source::SourceForm;
 /// From the broker to the importer.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Command {
-    /// Find the image. One descriptor: a pipe from which to read
-    /// [`CredentialSet`](crate::registry::credentials::CredentialSet) as JSON until end of file.
+    /// Find the image. One descriptor: a channel on which to ask for credentials
+    /// ([`Asker`](crate::registry::credentials::remote::Asker)).
     Resolve {
         /// The image the user asked for.
         reference: ImageReference,

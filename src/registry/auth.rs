@@ -1,5 +1,9 @@
 //! Authentication to one registry (distribution-spec, and Docker's token specification, "distribution/token"): nothing
 //! is presented until the registry challenges; then a token from the token server that it names, or Basic.
+//!
+//! A password buys tokens by GET, and an identity token by POST (Docker's "OAuth2 token authentication"), as Docker's own
+//! client does it. Credentials are looked for when the registry asks, and again when they are refused: passwords of ECR and
+//! Google's registries expire, and whoever gave one may have another by then.
 
 #![forbid(unsafe_code)]
 
@@ -12,10 +16,11 @@ use serde::Deserialize;
 use ureq::http::header::WWW_AUTHENTICATE;
 use ureq::http::uri::Scheme;
 use ureq::http::{HeaderMap, HeaderValue, Uri};
+use zeroize::Zeroizing;
 
 use super::challenge::{self, Challenge};
 use super::config::Endpoint;
-use super::credentials::{Credential, CredentialSet};
+use super::credentials::{Answer, Credential, Kind, Query, SharedKeyring};
 use super::error::RegistryError;
 use super::http::{host_of, parse_url};
 use super::{AUTHENTICATED, PROGRESS};
@@ -29,7 +34,7 @@ const DEFAULT_LIFETIME: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(super) struct Authenticator {
     endpoint: Endpoint,
-    credentials: CredentialSet,
+    keyring: SharedKeyring,
     user: Option<String>,
     state: Mutex<State>,
 }
@@ -43,6 +48,8 @@ struct State {
     renewal: Option<(Challenge, Instant)>,
     /// Whose credentials are behind the header.
     identity: Option<Credential>,
+    /// Where they were looked for.
+    tried: String,
 }
 
 /// Without the header.
@@ -52,16 +59,38 @@ impl std::fmt::Debug for State {
     }
 }
 
-/// A token server's request: what to GET, with which credentials.
+/// A token server's request: what to GET or POST, with which credentials.
 #[derive(Debug)]
 pub(super) struct TokenRequest {
     pub url: Uri,
-    pub credential: Option<Credential>,
+    /// For an identity token: what to POST.
+    pub form: Option<Form>,
+    credential: Option<Credential>,
+    tried: String,
+}
+
+/// `application/x-www-form-urlencoded`, with a secret in it.
+pub(super) struct Form(Zeroizing<String>);
+
+impl Form {
+    pub fn bytes(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+}
+
+/// Without the content.
+impl std::fmt::Debug for Form {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Form")
+    }
 }
 
 impl TokenRequest {
     pub fn authorization(&self) -> Result<Option<HeaderValue>, RegistryError> {
-        self.credential.as_ref().map(basic).transpose()
+        match &self.credential {
+            Some(credential) if self.form.is_none() => basic(&host_of(&self.url), credential).map(Some),
+            _ => Ok(None),
+        }
     }
 }
 
@@ -71,13 +100,15 @@ struct TokenAnswer {
     token: Option<String>,
     access_token: Option<String>,
     expires_in: Option<u64>,
+    /// The identity token to use from now on.
+    refresh_token: Option<String>,
 }
 
 impl Authenticator {
-    pub fn new(endpoint: Endpoint, credentials: CredentialSet, user: Option<String>) -> Self {
+    pub fn new(endpoint: Endpoint, keyring: SharedKeyring, user: Option<String>) -> Self {
         // `USER@` is about the registry that was named, not about its mirrors.
         let user = user.filter(|_| !endpoint.mirror);
-        Self { endpoint, credentials, user, state: Mutex::default() }
+        Self { endpoint, keyring, user, state: Mutex::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -121,17 +152,7 @@ impl Authenticator {
         *state = if let Some(challenge) = with("bearer") {
             self.bearer(&state, challenge, get_token)?
         } else if with("basic").is_some() {
-            if state.header.is_some() {
-                return Err(self.refused(&state, String::new()));
-            }
-            let credential = self.find(&self.endpoint.host)?.ok_or_else(|| self.missing())?;
-            announce(Some(&credential));
-            State {
-                generation: generation + 1,
-                header: Some(basic(&credential)?),
-                renewal: None,
-                identity: Some(credential),
-            }
+            self.password(&state)?
         } else {
             let schemes: Vec<_> = challenges.iter().map(|challenge| challenge.scheme.as_str()).collect();
             let reason = if schemes.is_empty() { "401 without a challenge".to_owned() } else { schemes.join(", ") };
@@ -139,6 +160,25 @@ impl Authenticator {
         };
         tracing::info!(target: PROGRESS, "{AUTHENTICATED}");
         Ok(())
+    }
+
+    /// Looks for another password after a 403 to a request with the header of `generation`: that is how ECR says that one
+    /// has expired. Says whether the request may be sent again.
+    pub fn look_again(&self, generation: u64) -> bool {
+        let mut state = self.state();
+        if state.generation != generation {
+            return true;
+        }
+        if state.identity.is_none() || state.renewal.is_some() {
+            return false;
+        }
+        match self.password(&state) {
+            Ok(next) => {
+                *state = next;
+                true
+            }
+            Err(_) => false,
+        }
     }
 
     /// Whether the registry has asked who we are.
@@ -153,12 +193,12 @@ impl Authenticator {
 
     fn refused(&self, state: &State, detail: String) -> RegistryError {
         match &state.identity {
-            None => self.missing(),
+            None => self.missing(&state.tried),
             Some(identity) => RegistryError::Forbidden {
                 host: self.endpoint.host.clone(),
                 repository: self.endpoint.repository.clone(),
                 user: identity.user.clone(),
-                file: identity.file.clone(),
+                file: identity.source.clone(),
                 detail,
             },
         }
@@ -167,21 +207,29 @@ impl Authenticator {
     /// The error for a token server's refusal.
     pub fn token_refused(&self, request: &TokenRequest, detail: String) -> RegistryError {
         match &request.credential {
-            None => self.missing(),
+            None => self.missing(&request.tried),
             Some(credential) => RegistryError::CredentialsRefused {
                 server: host_of(&request.url),
                 user: credential.user.clone(),
-                file: credential.file.clone(),
+                file: credential.source.clone(),
                 detail,
             },
         }
     }
 
-    fn missing(&self) -> RegistryError {
+    /// `tried` is empty if nothing was: the registry refuses without having asked.
+    fn missing(&self, tried: &str) -> RegistryError {
+        let looked;
+        let tried = if tried.is_empty() {
+            looked = self.look(&self.endpoint.host).tried();
+            &looked
+        } else {
+            tried
+        };
         RegistryError::CredentialsMissing {
             host: self.endpoint.host.clone(),
             repository: self.endpoint.repository.clone(),
-            tried: self.credentials.tried(),
+            tried: tried.to_owned(),
         }
     }
 
@@ -192,71 +240,165 @@ impl Authenticator {
         }
     }
 
-    /// What to present to `realm`; an error if the reference names a user whom no file knows.
-    fn find(&self, realm: &str) -> Result<Option<Credential>, RegistryError> {
-        let credential = self.credentials.find(&self.endpoint.host, realm, self.user.as_deref());
-        match (credential, &self.user) {
-            (None, Some(user)) => Err(RegistryError::UserUnknown {
-                user: user.clone(),
-                host: self.endpoint.host.clone(),
-                tried: self.credentials.tried(),
-            }),
-            (credential, _) => Ok(credential),
+    fn look(&self, realm: &str) -> Answer {
+        self.keyring.find(&Query {
+            registry: self.endpoint.host.clone(),
+            repository: self.endpoint.repository.clone(),
+            realm: realm.to_owned(),
+            user: self.user.clone(),
+        })
+    }
+
+    /// What to present to `realm`, and where it was looked for; an error if the reference names a user whom no file
+    /// knows.
+    fn find(&self, realm: &str) -> Result<(Option<Credential>, String), RegistryError> {
+        if let Some((user, secret)) = self.user.as_deref().and_then(|user| user.split_once(':')) {
+            let source = "the image reference".to_owned();
+            let credential = Credential { user: user.to_owned(), secret: secret.into(), kind: Kind::Password, source };
+            return Ok((Some(credential), String::new()));
+        }
+        let answer = self.look(realm);
+        let tried = answer.tried();
+        match (answer.credential, &self.user) {
+            (None, Some(user)) => {
+                Err(RegistryError::UserUnknown { user: user.clone(), host: self.endpoint.host.clone(), tried })
+            }
+            (credential, _) => Ok((credential, tried)),
         }
     }
 
-    /// The state after a Bearer challenge: a new token.
+    /// The state after a Basic challenge: a password, and another one than that which is refused.
+    fn password(&self, state: &State) -> Result<State, RegistryError> {
+        let (credential, tried) = self.find(&self.endpoint.host)?;
+        let credential = credential.ok_or_else(|| self.missing(&tried))?;
+        if state.identity.as_ref() == Some(&credential) {
+            return Err(self.refused(state, String::new()));
+        }
+        if credential.kind != Kind::Password {
+            return Err(self.unsupported("it wants a password, and there is a token"));
+        }
+        announce(Some(&credential));
+        Ok(State {
+            generation: state.generation + 1,
+            header: Some(basic(&self.endpoint.host, &credential)?),
+            renewal: None,
+            identity: Some(credential),
+            tried,
+        })
+    }
+
+    /// The state after a Bearer challenge: a new token, for the credentials that were good before or for those that are
+    /// found now.
     fn bearer(
         &self,
         state: &State,
         challenge: &Challenge,
         get_token: impl Fn(&TokenRequest) -> Result<Vec<u8>, RegistryError>,
     ) -> Result<State, RegistryError> {
-        let request = self.token_request(challenge)?;
-        announce(request.credential.as_ref());
+        let realm = self.realm(challenge)?;
+        let known = state.identity.clone().filter(|known| known.kind != Kind::RegistryToken);
+        let refusal = match known.clone() {
+            None => None,
+            Some(known) => match self.token(state, challenge, &realm, (Some(known), state.tried.clone()), &get_token) {
+                Err(error) if error.is_denied() => Some(error),
+                outcome => return outcome,
+            },
+        };
+        let found = self.find(&host_of(&realm))?;
+        match refusal {
+            Some(refusal) if found.0 == known => Err(refusal),
+            _ => self.token(state, challenge, &realm, found, &get_token),
+        }
+    }
+
+    fn token(
+        &self,
+        state: &State,
+        challenge: &Challenge,
+        realm: &Uri,
+        (credential, tried): (Option<Credential>, String),
+        get_token: &impl Fn(&TokenRequest) -> Result<Vec<u8>, RegistryError>,
+    ) -> Result<State, RegistryError> {
+        if state.identity.as_ref() != credential.as_ref() {
+            announce(credential.as_ref());
+        }
+        let generation = state.generation + 1;
+        let bearer = |token: &str| sensitive(&format!("Bearer {token}"));
+        if let Some(token) = credential.as_ref().filter(|credential| credential.kind == Kind::RegistryToken) {
+            if state.identity == credential {
+                return Err(self.refused(state, String::new()));
+            }
+            let header = bearer(token.secret.reveal());
+            let header = header.ok_or_else(|| self.unsupported("the registry token of the user is malformed"))?;
+            return Ok(State { generation, header: Some(header), renewal: None, identity: credential, tried });
+        }
+        let request = self.token_request(challenge, realm, credential, tried)?;
         let asked = Instant::now();
         let answer: TokenAnswer = serde_json::from_slice(&get_token(&request)?)
             .map_err(|_| self.unsupported("the answer of its token server is malformed"))?;
         let token = [answer.token, answer.access_token].into_iter().flatten().find(|token| !token.is_empty());
         let token = token.ok_or_else(|| self.unsupported("its token server gives no token"))?;
-        let header = sensitive(&format!("Bearer {token}"))
-            .ok_or_else(|| self.unsupported("its token server gives a malformed token"))?;
+        let header = bearer(&token).ok_or_else(|| self.unsupported("its token server gives a malformed token"))?;
         let lifetime = answer.expires_in.filter(|&seconds| seconds > 0).map_or(DEFAULT_LIFETIME, Duration::from_secs);
         // A token that lasts for years needs no renewal; an addition that overflows means the same.
         let renewal = asked.checked_add(lifetime.mul_f32(0.9)).map(|when| (challenge.clone(), when));
-        Ok(State { generation: state.generation + 1, header: Some(header), renewal, identity: request.credential })
+        let TokenRequest { mut credential, tried, .. } = request;
+        if let (Some(identity), Some(next)) = (&mut credential, answer.refresh_token.filter(|next| !next.is_empty()))
+            && identity.kind == Kind::IdentityToken
+        {
+            identity.secret = next.into();
+        }
+        Ok(State { generation, header: Some(header), renewal, identity: credential, tried })
     }
 
-    fn token_request(&self, challenge: &Challenge) -> Result<TokenRequest, RegistryError> {
+    /// The token server that a challenge names.
+    fn realm(&self, challenge: &Challenge) -> Result<Uri, RegistryError> {
         let realm = challenge.parameter("realm").unwrap_or_default();
         let url = parse_url(realm).ok_or_else(|| self.unsupported("the realm of its challenge is no URL"))?;
         if url.scheme() == Some(&Scheme::HTTP) && !self.endpoint.insecure {
             return Err(self.unsupported("its token server uses plain HTTP"));
         }
-        let credential = self.find(&host_of(&url))?;
+        Ok(url)
+    }
+
+    fn token_request(
+        &self,
+        challenge: &Challenge,
+        realm: &Uri,
+        credential: Option<Credential>,
+        tried: String,
+    ) -> Result<TokenRequest, RegistryError> {
         let own_scope = format!("repository:{}:pull", self.endpoint.repository);
         let scope = challenge.parameter("scope").filter(|scope| !scope.is_empty()).unwrap_or(&own_scope);
-        let mut text = realm.split('#').next().unwrap_or_default().to_owned();
         let service = challenge.parameter("service").map(|service| ("service", service));
+        let parameters = service.into_iter().chain([("scope", scope)]);
+        if let Some(identity) = credential.as_ref().filter(|credential| credential.kind == Kind::IdentityToken) {
+            let mut form = Zeroizing::new(String::from("grant_type=refresh_token"));
+            let own = [("client_id", "pyxis"), ("refresh_token", identity.secret.reveal())];
+            for (name, value) in parameters.chain(own) {
+                push_parameter(name, value, '&', &mut form);
+            }
+            return Ok(TokenRequest { url: realm.clone(), form: Some(Form(form)), credential, tried });
+        }
+        let mut text = realm.to_string();
         let account = credential.as_ref().map(|credential| ("account", credential.user.as_str()));
-        for (name, value) in service.into_iter().chain([("scope", scope)]).chain(account) {
-            text.push(if text.contains('?') { '&' } else { '?' });
-            text.push_str(name);
-            text.push('=');
-            percent_encode(value, &mut text);
+        for (name, value) in parameters.chain(account) {
+            let separator = if text.contains('?') { '&' } else { '?' };
+            push_parameter(name, value, separator, &mut text);
         }
         let url = parse_url(&text).ok_or_else(|| self.unsupported("the realm of its challenge is no URL"))?;
-        Ok(TokenRequest { url, credential })
+        Ok(TokenRequest { url, form: None, credential, tried })
     }
 }
 
 /// `Basic` (RFC 7617).
-fn basic(credential: &Credential) -> Result<HeaderValue, RegistryError> {
-    let pair = STANDARD.encode(format!("{}:{}", credential.user, credential.secret));
-    sensitive(&format!("Basic {pair}")).ok_or_else(|| RegistryError::CredentialsRefused {
-        server: credential.host.clone(),
+fn basic(server: &str, credential: &Credential) -> Result<HeaderValue, RegistryError> {
+    let pair = Zeroizing::new(format!("{}:{}", credential.user, credential.secret.reveal()));
+    let value = Zeroizing::new(format!("Basic {}", STANDARD.encode(&*pair)));
+    sensitive(&value).ok_or_else(|| RegistryError::CredentialsRefused {
+        server: server.to_owned(),
         user: credential.user.clone(),
-        file: credential.file.clone(),
+        file: credential.source.clone(),
         detail: String::new(),
     })
 }
@@ -268,8 +410,11 @@ fn sensitive(text: &str) -> Option<HeaderValue> {
     Some(value)
 }
 
-fn percent_encode(text: &str, url: &mut String) {
-    for &byte in text.as_bytes() {
+fn push_parameter(name: &str, value: &str, separator: char, url: &mut String) {
+    url.push(separator);
+    url.push_str(name);
+    url.push('=');
+    for &byte in value.as_bytes() {
         if byte.is_ascii_alphanumeric() || b"-._~:/,".contains(&byte) {
             url.push(char::from(byte));
         } else {
@@ -283,17 +428,23 @@ fn announce(credential: Option<&Credential>) {
     let user = credential.map_or("<anonymous>", |credential| &credential.user);
     tracing::info!(target: PROGRESS, "Authenticating with user: {user}");
     if let Some(credential) = credential {
-        tracing::info!(target: PROGRESS, "Using credentials from file: {}", credential.file);
+        tracing::info!(target: PROGRESS, "Using credentials from file: {}", credential.source);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::credentials::no_keys;
     use super::*;
 
     fn authenticator(insecure: bool) -> Authenticator {
         let endpoint = Endpoint { host: "reg.io".into(), repository: "a/b".into(), insecure, mirror: false };
-        Authenticator::new(endpoint, CredentialSet::default(), None)
+        Authenticator::new(endpoint, no_keys(), None)
+    }
+
+    fn request(authenticator: &Authenticator, challenge: &Challenge) -> Result<TokenRequest, RegistryError> {
+        let realm = authenticator.realm(challenge)?;
+        authenticator.token_request(challenge, &realm, None, String::new())
     }
 
     fn challenge(text: &str) -> Challenge {
@@ -309,7 +460,7 @@ mod tests {
             ),
             (r#"Bearer realm="https://auth.io/t?x=y#z""#, "https://auth.io/t?x=y&scope=repository:a/b:pull"),
         ] {
-            let request = authenticator(false).token_request(&challenge(text)).unwrap();
+            let request = request(&authenticator(false), &challenge(text)).unwrap();
             assert_eq!(request.url.to_string(), url);
             assert!(request.credential.is_none());
         }
@@ -319,10 +470,10 @@ mod tests {
     fn strange_realms_are_refused() {
         for realm in ["", "/token", "ftp://x/", "http://auth.io/", "https://user:pass@auth.io/", "https://a b/"] {
             let challenge = challenge(&format!("Bearer realm=\"{realm}\",service=x"));
-            let error = authenticator(false).token_request(&challenge).unwrap_err().to_string();
+            let error = request(&authenticator(false), &challenge).unwrap_err().to_string();
             assert!(error.starts_with("reg.io asks for authentication in a way that is not supported"), "{error}");
         }
-        assert!(authenticator(true).token_request(&challenge("Bearer realm=\"http://auth.io/\"")).is_ok());
+        assert!(request(&authenticator(true), &challenge("Bearer realm=\"http://auth.io/\"")).is_ok());
     }
 
     #[test]

@@ -14,7 +14,7 @@ use ureq::http::{HeaderMap, HeaderValue, Method, Response, StatusCode, Uri};
 use super::auth::{Authenticator, MAX_TOKEN_BYTES, TokenRequest};
 use super::blob::BlobReader;
 use super::config::{Endpoint, NetworkConfig};
-use super::credentials::CredentialSet;
+use super::credentials::SharedKeyring;
 use super::error::{RegistryError, TransportError};
 use super::http::{self, Answer, Http, Redirects};
 use super::retry::Backoff;
@@ -62,9 +62,9 @@ pub struct ManifestBytes {
 }
 
 impl Client {
-    /// A client that presents to `endpoint` what `credentials` hold for it, of `user` if one is named.
-    pub fn new(endpoint: Endpoint, network: NetworkConfig, credentials: CredentialSet, user: Option<String>) -> Self {
-        let auth = Authenticator::new(endpoint.clone(), credentials, user);
+    /// A client that presents to `endpoint` what `keyring` has for it, of `user` if one is named.
+    pub fn new(endpoint: Endpoint, network: NetworkConfig, keyring: SharedKeyring, user: Option<String>) -> Self {
+        let auth = Authenticator::new(endpoint.clone(), keyring, user);
         Self { http: Http::new(network), endpoint, auth, network, extra: Extra::default() }
     }
 
@@ -195,6 +195,9 @@ impl Client {
                     challenges += 1;
                     self.auth.renew(generation, answer.response.headers(), |request| self.token(request))?;
                 }
+                StatusCode::FORBIDDEN if answer.from_origin && challenges < 2 && self.auth.look_again(generation) => {
+                    challenges += 1;
+                }
                 StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if answer.from_origin => {
                     return Err(self.auth.denied(detail(answer.response)));
                 }
@@ -210,24 +213,9 @@ impl Client {
         authorization: Option<&HeaderValue>,
         backoff: &mut Backoff,
     ) -> Result<Answer, RegistryError> {
-        loop {
-            match self.http.send(&ask.method, &ask.url, &ask.headers, authorization, ask.redirects, &ask.what) {
-                Ok(answer) => {
-                    let wish = http::retry_after(answer.response.headers(), SystemTime::now());
-                    let may_pass = match answer.response.status().as_u16() {
-                        408 | 429 | 500 | 502 | 503 | 504 => true,
-                        // An object store refuses a signed URL that has expired: the registry gives a new one.
-                        401 | 403 => !answer.from_origin,
-                        _ => false,
-                    };
-                    if !(may_pass && backoff.wait(u32::MAX, wish)) {
-                        return Ok(answer);
-                    }
-                }
-                Err(RegistryError::Transport(error)) if backoff.wait(error.reason.attempts(u32::MAX), None) => {}
-                Err(error) => return Err(error),
-            }
-        }
+        retried(backoff, || {
+            self.http.send(&ask.method, &ask.url, &ask.headers, authorization, ask.redirects, &ask.what)
+        })
     }
 
     /// Asks a token server.
@@ -242,17 +230,48 @@ impl Client {
         let authorization = request.authorization()?;
         let mut backoff = self.backoff();
         loop {
-            let answer = self.exchange(&ask, authorization.as_ref(), &mut backoff)?;
+            let answer = match &request.form {
+                None => self.exchange(&ask, authorization.as_ref(), &mut backoff)?,
+                Some(form) => retried(&mut backoff, || self.http.post(&ask.url, form.bytes()))?,
+            };
             match answer.response.status() {
+                // OAuth 2.0 has 400 for a refresh token that is none any more (RFC 6749, section 5.2).
+                StatusCode::BAD_REQUEST if request.form.is_some() => {
+                    return Err(self.auth.token_refused(request, detail(answer.response)));
+                }
                 StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
                     return Err(self.auth.token_refused(request, detail(answer.response)));
                 }
                 status if status.as_u16() >= 400 => return Err(status_error(answer, &ask)),
+                // Secrets are not sent on to where somebody points.
+                status if status.as_u16() >= 300 && request.form.is_some() => return Err(status_error(answer, &ask)),
                 _ => {}
             }
             if let Some(bytes) = read_answer(answer, &ask, MAX_TOKEN_BYTES, &mut backoff)? {
                 return Ok(bytes);
             }
+        }
+    }
+}
+
+/// Sends until the answer is one that waiting does not change.
+fn retried(backoff: &mut Backoff, send: impl Fn() -> Result<Answer, RegistryError>) -> Result<Answer, RegistryError> {
+    loop {
+        match send() {
+            Ok(answer) => {
+                let wish = http::retry_after(answer.response.headers(), SystemTime::now());
+                let may_pass = match answer.response.status().as_u16() {
+                    408 | 429 | 500 | 502 | 503 | 504 => true,
+                    // An object store refuses a signed URL that has expired: the registry gives a new one.
+                    401 | 403 => !answer.from_origin,
+                    _ => false,
+                };
+                if !(may_pass && backoff.wait(u32::MAX, wish)) {
+                    return Ok(answer);
+                }
+            }
+            Err(RegistryError::Transport(error)) if backoff.wait(error.reason.attempts(u32::MAX), None) => {}
+            Err(error) => return Err(error),
         }
     }
 }

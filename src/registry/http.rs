@@ -103,6 +103,16 @@ impl Http {
         Err(RegistryError::Redirect { host: host_of(url), what: what.to_owned(), reason: "too often" })
     }
 
+    /// Posts a form, for which there are no redirects: it has a secret in it.
+    pub fn post(&self, url: &Uri, form: &[u8]) -> Result<Answer, RegistryError> {
+        let error = |reason| TransportError { host: host_of(url), reason };
+        let scheme = url.scheme().ok_or_else(|| error(TransportReason::Url))?;
+        let agent = self.agent(scheme).ok_or_else(|| error(TransportReason::NoRoots))?;
+        let request = agent.post(url).content_type("application/x-www-form-urlencoded");
+        let response = request.send(form).map_err(|cause| error(transport_reason(cause)))?;
+        Ok(Answer { response, host: host_of(url), from_origin: true })
+    }
+
     fn send_once(
         &self,
         method: &Method,

@@ -5,7 +5,7 @@
 use super::PROGRESS;
 use super::client::{Client, ManifestBytes};
 use super::config::{Endpoint, NetworkConfig, RegistryConfig};
-use super::credentials::CredentialSet;
+use super::credentials::SharedKeyring;
 use super::error::RegistryError;
 use crate::image::config::{ImageConfig, MAX_CONFIG_BYTES};
 use crate::image::digest::Digest;
@@ -41,12 +41,13 @@ pub struct Resolved {
 pub fn resolve(
     reference: &ImageReference,
     registries: &RegistryConfig,
-    credentials: &CredentialSet,
+    keyring: &SharedKeyring,
     platform: &Platform,
 ) -> Result<Resolved, RegistryError> {
     reference.check()?;
-    let client =
-        |endpoint: Endpoint, network| Client::new(endpoint, network, credentials.clone(), reference.user.clone());
+    let client = |endpoint: Endpoint, network| {
+        Client::new(endpoint, network, SharedKeyring::clone(keyring), reference.user.clone())
+    };
     let mut failed: Vec<String> = Vec::new();
     for mirror in registries.mirrors(reference) {
         let attempts = registries.network.attempts.min(MIRROR_ATTEMPTS);

@@ -3,7 +3,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
+use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, PidfdFlags, Signal};
 
 /// Which stream [`capture`] keeps; the other one is discarded.
@@ -47,14 +48,32 @@ pub fn capture_fed(
 ) -> io::Result<Captured> {
     let (kept, discarded) = (Stdio::piped(), Stdio::null());
     let (output, error) = if stream == Stream::Output { (kept, discarded) } else { (discarded, kept) };
-    let deadline = Instant::now() + time;
-    let mut child = command.stdin(input).stdout(output).stderr(error).process_group(0).spawn()?;
+    let child = command.stdin(input).stdout(output).stderr(error).process_group(0).spawn()?;
+    finish(child, limit, time, |child| {
+        // The group has the pid's number until the child is waited for. Nobody else can have it.
+        if let Some(group) = pid(child) {
+            let _ = rustix::process::kill_process_group(group, Signal::KILL);
+        }
+    })
+}
+
+/// Runs `command` with `input` (which fits into a pipe) on its standard input, for its standard output. It stays in the
+/// caller's process group, and ends with it; only the program itself is ended here, when `time` is over.
+pub fn ask(command: &mut Command, input: &[u8], limit: usize, time: Duration) -> io::Result<Captured> {
+    // What a pipe holds can be written before there is a reader.
+    let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+    std::fs::File::from(write).write_all(input)?;
+    rustix::io::ioctl_fionbio(&read, false)?;
+    let child = command.stdin(read).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+    // Its end of the pipe stays with the command otherwise.
+    command.stdin(Stdio::null());
+    finish(child, limit, time, |child| drop(child.kill()))
+}
+
+fn finish(mut child: Child, limit: usize, time: Duration, end: impl FnOnce(&mut Child)) -> io::Result<Captured> {
     let mut text = Vec::new();
-    let ended = watch(&mut child, &mut text, limit, deadline);
-    // The group has the pid's number until the child is waited for. Nobody else can have it.
-    if let Some(group) = pid(&child) {
-        let _ = rustix::process::kill_process_group(group, Signal::KILL);
-    }
+    let ended = watch(&mut child, &mut text, limit, Instant::now() + time);
+    end(&mut child);
     let status = child.wait()?;
     Ok(Captured { status: ended?.then_some(status), text })
 }
@@ -126,6 +145,14 @@ mod tests {
         assert_eq!(shell("echo out; echo err >&2", Stream::Error, LONG).text, b"err\n");
         assert_eq!(shell("head -c 1000000 /dev/zero; exit 4", Stream::Output, LONG).text, [0; 10]);
         assert_eq!(shell("read x || echo nothing", Stream::Output, LONG).text, b"nothing\n");
+    }
+
+    #[test]
+    fn a_question_is_answered() {
+        let ask = |script: &str, time| ask(Command::new("/bin/sh").args(["-c", script]), b"q\n", 10, time).unwrap();
+        let captured = ask("read x; echo $x$x; cat; exit 3", LONG);
+        assert_eq!((captured.text, captured.status.unwrap().code()), (b"qq\n".to_vec(), Some(3)));
+        assert!(ask("exec sleep 1000", Duration::from_millis(200)).status.is_none());
     }
 
     #[test]

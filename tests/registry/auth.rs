@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use spank_pyxis::importer::protocol::FailureKind;
 
-use crate::broker::Import;
+use crate::broker::{Entries, Import};
 use crate::content::{Compression, Content, tar};
 use crate::server::{Reply, Request, Server};
 
@@ -64,17 +64,13 @@ fn the_users_password_buys_a_token() {
     let (tokens, issued) = token_server("token");
     let registry = guarded(Content::simple(1000), tokens.host(), |token| token.starts_with('t'));
     let import = Import::new("some/image", &[&registry.host()]);
+    let named = Import { image: format!("user@{}", import.image), ..import.clone() };
     for import in [
         import.clone().credential(&registry.host(), "user", SECRET),
         // enroot's file goes by the host of the token server.
-        import.clone().credential(&tokens.host(), "user", SECRET).credential(&registry.host(), "user", "outdated"),
-        import.clone().credential(&registry.host(), "other", "x").credential(&registry.host(), "user", SECRET),
+        import.clone().entries(&[(&tokens.host(), "user", SECRET), (&registry.host(), "user", "outdated")]),
+        named.entries(&[(&registry.host(), "other", "x"), (&registry.host(), "user", SECRET)]),
     ] {
-        let import = if import.credentials.entries[0].user == "other" {
-            Import { image: format!("user@{}", import.image), ..import }
-        } else {
-            import
-        };
         import.run().unwrap();
     }
     assert_eq!(issued.load(Ordering::SeqCst), 3);
@@ -96,7 +92,8 @@ fn a_private_image_without_credentials_says_where_they_were_looked_for() {
     let (tokens, _) = token_server("token");
     let registry = guarded(Content::simple(1000), tokens.host(), |token| token.starts_with('t'));
     let mut import = Import::new("some/image", &[&registry.host()]);
-    import.credentials.warnings.push("/home/u/.docker/config.json: the credential store \"x\" is unknown".into());
+    let warnings = vec!["/home/u/.docker/config.json: the credential store \"x\" is unknown".into()];
+    import.keyring = Arc::new(Entries { warnings, ..Entries::default() });
     let (kind, message) = import.fail();
     assert_eq!(kind, FailureKind::Denied);
     assert_eq!(

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -9,7 +10,8 @@ use spank_pyxis::image::digest::Digest;
 use spank_pyxis::image::reference::ImageReference;
 use spank_pyxis::importer::protocol::{Command, FailureKind, ImportLimits, LayerDescriptor, Report};
 use spank_pyxis::registry::config::{Mirror, NetworkConfig, RegistryConfig, RegistryEntry};
-use spank_pyxis::registry::credentials::{Credential, CredentialSet};
+use spank_pyxis::registry::credentials::remote::serve;
+use spank_pyxis::registry::credentials::{Answer, Credential, Keyring, Kind, Query, SharedKeyring};
 use spank_pyxis::sys::channel::{self, Channel};
 use spank_pyxis::sys::memfile;
 
@@ -21,7 +23,7 @@ const DEADLINE: Duration = Duration::from_secs(60);
 pub struct Import {
     pub image: String,
     pub registries: RegistryConfig,
-    pub credentials: CredentialSet,
+    pub keyring: SharedKeyring,
     pub limits: ImportLimits,
 }
 
@@ -61,10 +63,7 @@ impl Import {
         Self {
             image: format!("{}/{image}", hosts[0]),
             registries,
-            credentials: CredentialSet {
-                tried: vec!["/home/u/.docker/config.json".into()],
-                ..CredentialSet::default()
-            },
+            keyring: Arc::new(Entries::default()),
             limits: ImportLimits { max_layer_bytes: 64 << 20, max_layer_entries: 10_000, max_connections: 3 },
         }
     }
@@ -76,11 +75,21 @@ impl Import {
         self
     }
 
-    /// The same with credentials.
-    pub fn credential(mut self, host: &str, user: &str, secret: &str) -> Self {
-        let file = "/home/u/.docker/config.json".into();
-        self.credentials.entries.push(Credential { host: host.into(), user: user.into(), secret: secret.into(), file });
-        self
+    /// The same with these credentials only.
+    pub fn credential(self, host: &str, user: &str, secret: &str) -> Self {
+        self.entries(&[(host, user, secret)])
+    }
+
+    /// The same with several.
+    pub fn entries(self, entries: &[(&str, &str, &str)]) -> Self {
+        let credential = |user: &str, secret: &str| Credential {
+            user: user.to_owned(),
+            secret: secret.into(),
+            kind: Kind::Password,
+            source: "/home/u/.docker/config.json".into(),
+        };
+        let entries = entries.iter().map(|(host, user, secret)| ((*host).to_owned(), credential(user, secret)));
+        Self { keyring: Arc::new(Entries { entries: entries.collect(), ..Entries::default() }), ..self }
     }
 
     /// Imports all layers in a conversation that has begun.
@@ -114,19 +123,40 @@ impl Import {
     }
 }
 
+/// A keyring of entries for hosts, of which those for the token server go first.
+#[derive(Debug, Default)]
+pub struct Entries {
+    pub entries: Vec<(String, Credential)>,
+    pub warnings: Vec<String>,
+}
+
+impl Keyring for Entries {
+    fn find(&self, query: &Query) -> Answer {
+        let fits = |user: &str| query.user.as_deref().is_none_or(|wanted| wanted == user);
+        let at = |host: &str| self.entries.iter().find(|(entry, found)| entry == host && fits(&found.user));
+        Answer {
+            credential: at(&query.realm).or_else(|| at(&query.registry)).map(|(_, found)| found.clone()),
+            tried: vec!["/home/u/.docker/config.json".into()],
+            warnings: self.warnings.clone(),
+        }
+    }
+}
+
 /// A conversation with an importer.
 #[derive(Debug)]
 pub struct Conversation(pub Channel<Command, Report>);
 
 impl Conversation {
     pub fn resolve(&self, import: &Import) -> Result<Imported, Failed> {
-        let credentials = memfile::sealed("credentials", &serde_json::to_vec(&import.credentials).unwrap()).unwrap();
-        let command = Command::Resolve {
-            reference: ImageReference::parse(&import.image).unwrap(),
-            registries: import.registries.clone(),
-            limits: import.limits,
-        };
-        self.0.send(&command, &[credentials.as_fd()]).unwrap();
+        let reference = ImageReference::parse(&import.image).unwrap();
+        let endpoints =
+            import.registries.mirrors(&reference).into_iter().chain([import.registries.upstream(&reference)]);
+        let hosts: Vec<String> = endpoints.map(|endpoint| endpoint.host).collect();
+        let (asker, answerer) = channel::pair::<Query, Answer>().unwrap();
+        let keyring = Arc::clone(&import.keyring);
+        std::thread::spawn(move || serve(&answerer, &*keyring, &hosts));
+        let command = Command::Resolve { reference, registries: import.registries.clone(), limits: import.limits };
+        self.0.send(&command, &[asker.as_fd()]).unwrap();
         match self.next() {
             (Report::Resolved { manifest, origin, layers, warnings }, mut descriptors) => {
                 let config = memfile::read_all(descriptors.remove(0), 1 << 20).unwrap();

@@ -8,6 +8,7 @@ mod broker;
 mod confined;
 mod content;
 mod faults;
+mod flows;
 mod proxied;
 mod pulls;
 mod real;

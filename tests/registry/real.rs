@@ -1,9 +1,10 @@
 //! Debian's registry, images from independent tools, and their verdict.
 
 use std::process::Command;
+use std::sync::Arc;
 
 use spank_pyxis::importer::protocol::FailureKind;
-use spank_pyxis::registry::credentials;
+use spank_pyxis::registry::credentials::{SiteHelpers, UserKeys};
 use spank_pyxis::request::Environment;
 use testbed::image::Compression;
 use testbed::process::output_of;
@@ -90,13 +91,15 @@ fn passwords_from_the_users_files() {
     let image = images::distroless(&site.path("layout")).unwrap();
     registry.push(&image, "private:latest").unwrap();
     let home = site.make_directory("home").unwrap();
-    let load = || credentials::load(&Environment::default(), &home);
+    let load = || Arc::new(UserKeys::new(Environment::default(), &home, SiteHelpers::new()));
 
-    let import = |credentials| Import { credentials, ..Import::new("private", &[&registry.host()]) };
+    let import = |keys: Arc<UserKeys>| Import { keyring: keys, ..Import::new("private", &[&registry.host()]) };
     let (kind, message) = import(load()).fail();
     assert_eq!(kind, FailureKind::Denied);
-    let tried =
-        format!("tried {home}/.config/enroot/.credentials and {home}/.docker/config.json", home = home.display());
+    let tried = format!(
+        "tried {home}/.config/enroot/.credentials, {home}/.docker/config.json and {home}/.config/containers/auth.json",
+        home = home.display()
+    );
     assert!(message.contains("no credentials found") && message.ends_with(&tried), "{message}");
 
     site.make_directory("home/.docker").unwrap();

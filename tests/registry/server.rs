@@ -16,6 +16,8 @@ pub struct Request {
     pub path: String,
     /// Query parameters, decoded.
     pub query: BTreeMap<String, String>,
+    /// Fields of a form that was posted.
+    pub form: BTreeMap<String, String>,
     headers: Vec<(String, String)>,
 }
 
@@ -221,9 +223,16 @@ fn read_request(reader: &mut impl BufRead) -> Result<Option<Request>, NoHttp> {
         }
     }
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
-    let query = query.split('&').filter_map(|pair| pair.split_once('='));
-    let query = query.map(|(name, value)| (decode(name), decode(value))).collect();
-    Ok(Some(Request { method: method.to_owned(), path: path.to_owned(), query, headers }))
+    let length = headers.iter().find(|(name, _)| name == "content-length").and_then(|(_, value)| value.parse().ok());
+    let mut form = vec![0; length.unwrap_or(0)];
+    reader.read_exact(&mut form).map_err(|_| NoHttp)?;
+    let (query, form) = (pairs(query), pairs(&String::from_utf8(form).map_err(|_| NoHttp)?));
+    Ok(Some(Request { method: method.to_owned(), path: path.to_owned(), query, form, headers }))
+}
+
+fn pairs(text: &str) -> BTreeMap<String, String> {
+    let pairs = text.split('&').filter_map(|pair| pair.split_once('='));
+    pairs.map(|(name, value)| (decode(name), decode(value))).collect()
 }
 
 fn decode(text: &str) -> String {

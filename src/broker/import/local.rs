@@ -126,7 +126,7 @@ fn start(
     takes_long: bool,
     events: &mut dyn FnMut(ImportEvent),
 ) -> Result<OpenedImage, ImportError> {
-    let (channel, reader) = start_reader(settings, cli::SOURCE, None)?;
+    let (channel, reader) = start_reader(settings, cli::SOURCE)?;
     if takes_long {
         events(ImportEvent::NetworkStart);
         events(reader.event());

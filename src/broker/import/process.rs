@@ -3,10 +3,11 @@
 //! ```text
 //! broker ── Command, Report ──▶ importer            service identity, no capabilities, no_new_privs
 //!    └── CredentialsRequest ──▶ credentials reader  the job's user
-//!                                   └── CredentialSet through a pipe ──▶ importer
+//!                                   ▲
+//!                                   └── a channel ── Query, Answer ── importer
 //! ```
 //!
-//! The broker never reads what comes out of the pipe. Both are this executable under other names ([`super::roles`]).
+//! The broker has no end of that channel. Both are this executable under other names ([`super::roles`]).
 
 #![forbid(unsafe_code)]
 
@@ -14,7 +15,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags};
@@ -24,13 +25,12 @@ use super::roles::{self, CredentialsRequest};
 use super::{AcquireRequest, ImportError, ImportEvent, ImportSettings, one_line};
 use crate::cli;
 use crate::importer::protocol::{Command, Report};
+use crate::registry::credentials::{Answer, Query};
 use crate::request::User;
 use crate::sys::channel::{self, Channel};
 use crate::sys::spawn::spawn;
 use crate::sys::{self, memfile};
 
-/// How long the credentials reader may take: home directories can be on a slow network.
-const CREDENTIALS_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a process that has closed its channel may take to end.
 const END_TIMEOUT: Duration = Duration::from_secs(1);
 /// The account that is there when the configured one is not.
@@ -57,7 +57,7 @@ pub trait StartImporter {
 pub struct Importer {
     /// The conversation.
     pub channel: Channel<Command, Report>,
-    /// What goes with the first command: the read end of the pipe with the user's credentials, for `Command::Resolve`.
+    /// What goes with the first command: the channel on which to ask for the user's credentials, for `Command::Resolve`.
     pub descriptors: Vec<OwnedFd>,
     /// The importer itself, if it is a process.
     pub process: Option<Child>,
@@ -70,7 +70,6 @@ pub struct Importer {
 pub struct Child {
     pid: Pid,
     pidfd: OwnedFd,
-    deadline: Option<Instant>,
     diagnostics: Option<Diagnostics>,
     reaped: bool,
 }
@@ -95,10 +94,8 @@ impl StartImporter for Processes {
         events: &mut dyn FnMut(ImportEvent),
     ) -> Result<Importer, ImportError> {
         let failed = |what: &'static str| move |error: io::Error| ImportError::start(what, &error);
-        let (credentials, credentials_write) = pipe().map_err(failed("pipe"))?;
-        let (reader_channel, mut reader) =
-            start_reader::<CredentialsRequest, ()>(settings, cli::CREDENTIALS, Some(credentials_write))?;
-        reader.deadline = Some(Instant::now() + CREDENTIALS_TIMEOUT);
+        let (asker, answerer) = channel::pair::<Query, Answer>().map_err(failed("channel"))?;
+        let (reader_channel, reader) = start_reader::<CredentialsRequest, ()>(settings, cli::CREDENTIALS)?;
         let (channel, process) = start_importer(settings, request.user.uid, events)?;
 
         // Both wait for their first message.
@@ -107,9 +104,17 @@ impl StartImporter for Processes {
         }
         let environment = memfile::sealed("pyxis-environment", &request.environment.to_block())
             .map_err(failed("user's environment"))?;
-        let message = CredentialsRequest { user: request.user.clone() };
-        reader_channel.send(&message, &[environment.as_fd()]).map_err(failed("credentials reader"))?;
-        Ok(Importer { channel, descriptors: vec![credentials], process: Some(process), reader: Some(reader) })
+        let registries = &settings.registries;
+        let endpoints =
+            registries.mirrors(request.reference).into_iter().chain([registries.upstream(request.reference)]);
+        let message = CredentialsRequest {
+            user: request.user.clone(),
+            registries: endpoints.map(|endpoint| endpoint.host).collect(),
+        };
+        reader_channel
+            .send(&message, &[environment.as_fd(), answerer.as_fd()])
+            .map_err(failed("credentials reader"))?;
+        Ok(Importer { channel, descriptors: vec![asker.into()], process: Some(process), reader: Some(reader) })
     }
 }
 
@@ -118,17 +123,15 @@ impl StartImporter for Processes {
 pub(in crate::broker) fn start_reader<S, R>(
     settings: &ImportSettings,
     role: &'static str,
-    output: Option<OwnedFd>,
 ) -> Result<(Channel<S, R>, Child), ImportError> {
     let failed = |error: io::Error| ImportError::start(role, &error);
     let null = null().map_err(failed)?;
     let (channel, end) = channel::pair::<S, R>().map_err(failed)?;
-    let output = output.as_ref().unwrap_or(&null);
     let pid = spawn(
         &settings.executable,
         &[role.as_bytes(), own_pid().as_bytes()],
         &[],
-        &[(null.as_fd(), 0), (output.as_fd(), 1), (null.as_fd(), 2), (end.as_fd(), roles::CHANNEL)],
+        &[(null.as_fd(), 0), (null.as_fd(), 1), (null.as_fd(), 2), (end.as_fd(), roles::CHANNEL)],
     )
     .map_err(failed)?;
     drop(end);
@@ -311,7 +314,7 @@ impl Child {
     fn adopt(pid: Pid, diagnostics: Option<OwnedFd>) -> io::Result<Self> {
         let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
         let diagnostics = diagnostics.map(|pipe| Diagnostics { pipe: pipe.into(), partial: Vec::new(), lines: 0 });
-        Ok(Self { pid, pidfd, deadline: None, diagnostics, reaped: false })
+        Ok(Self { pid, pidfd, diagnostics, reaped: false })
     }
 
     /// Its process id.
@@ -342,21 +345,6 @@ impl Child {
             self.diagnostics = None;
         }
         lines
-    }
-
-    /// Kills it if its time is up. Says whether it has.
-    pub(super) fn enforce_deadline(&mut self) -> bool {
-        let overdue = self.deadline.is_some_and(|deadline| Instant::now() >= deadline);
-        if overdue {
-            self.deadline = None;
-            self.kill();
-        }
-        overdue
-    }
-
-    /// When [`enforce_deadline`](Self::enforce_deadline) will have something to do.
-    pub(super) fn deadline(&self) -> Option<Instant> {
-        self.deadline
     }
 
     /// How the process ended, which has closed its channel; it is killed if it does not end. `None` if it was killed

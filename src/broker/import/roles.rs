@@ -9,13 +9,14 @@ use std::process::ExitCode;
 use std::str::FromStr;
 
 use rustix::event::{PollFd, PollFlags};
-use rustix::process::{Pid, Resource, Rlimit};
+use rustix::process::{DumpableBehavior, Pid, Resource, Rlimit};
 use rustix::thread::CapabilitySet;
 use serde::{Deserialize, Serialize};
 
 use crate::devices::host::Host;
 use crate::devices::nvidia::inventory;
-use crate::registry::credentials;
+use crate::registry::credentials::remote::{Answerer, serve};
+use crate::registry::credentials::{SiteHelpers, UserKeys};
 use crate::request::{Environment, LocalImage, StepRequest, User};
 use crate::source::importer::ImporterCall;
 use crate::source::{self, ToReader};
@@ -30,11 +31,14 @@ pub(super) const CHANNEL: RawFd = 3;
 /// Most bytes of a job's environment.
 const MAX_ENVIRONMENT: u64 = 16 << 20;
 
-/// What the credentials reader is told, with one descriptor: the job's environment in a memory file.
+/// What the credentials reader is told, with two descriptors: the job's environment in a memory file, and the end of a
+/// channel on which to answer the importer.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct CredentialsRequest {
     /// Whom to become.
     pub user: User,
+    /// The image's registry and its mirrors, `HOST[:PORT]`.
+    pub registries: Vec<String>,
 }
 
 /// The importer: becomes the service account and serves the broker. Its arguments are the broker's process id, the uid
@@ -91,8 +95,8 @@ pub fn inventory_role(mut arguments: impl Iterator<Item = OsString>) -> ExitCode
     }
 }
 
-/// The credentials reader: becomes the job's user, reads his files and writes a
-/// [`CredentialSet`](credentials::CredentialSet) to its standard output. Its argument is the broker's process id.
+/// The credentials reader: becomes the job's user, and looks for what the importer asks for ([`serve`]). Its argument is
+/// the broker's process id.
 pub fn credentials_role(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let Some(parent) = number(&mut arguments).and_then(Pid::from_raw) else { return by_hand() };
     match read_credentials(parent) {
@@ -104,15 +108,17 @@ pub fn credentials_role(mut arguments: impl Iterator<Item = OsString>) -> ExitCo
 fn read_credentials(parent: Pid) -> io::Result<()> {
     let channel: Channel<(), CredentialsRequest> = take_descriptor()?.into();
     // Gone before it said anything: there is nobody to read for.
-    let Some((request, descriptors)) = channel.receive()? else { return Ok(()) };
+    let Some((request, mut descriptors)) = channel.receive()? else { return Ok(()) };
     become_somebody(&request.user, parent)?;
+    // Nor can the user's other processes look on. What he has stored he can read anyway; the site's helper may know more.
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    let answerer = descriptors.pop().map(Answerer::from).ok_or(io::ErrorKind::InvalidData)?;
     let environment = job_environment(descriptors)?;
     let home = match environment.get_str("HOME") {
         Some(home) => PathBuf::from(home),
         None => home_directory(request.user.uid)?,
     };
-    let set = credentials::load(&environment, &home);
-    io::stdout().write_all(&serde_json::to_vec(&set)?)
+    serve(&answerer, &UserKeys::new(environment, home, SiteHelpers::new()), &request.registries)
 }
 
 /// Looks up a user or a group under the account for imports, and writes `=` and the number, or `=` alone if there is none.

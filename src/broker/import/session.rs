@@ -419,8 +419,7 @@ impl<'a, 'e> Session<'a, 'e> {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         loop {
             let stalled = self.active + STALL;
-            let reader = self.importer.reader.as_ref().and_then(|reader| reader.deadline());
-            let wake = [Some(stalled), deadline, reader].into_iter().flatten().min();
+            let wake = [Some(stalled), deadline].into_iter().flatten().min();
             let ready = self.poll(wake)?;
             if ready.diagnostics {
                 let lines = self.importer.process.as_mut().map(|process| process.read_diagnostics());
@@ -441,9 +440,6 @@ impl<'a, 'e> Session<'a, 'e> {
                     return Err(self.misbehaves("unexpected descriptors"));
                 }
                 return Ok(Some((report, descriptors)));
-            }
-            if self.importer.reader.as_mut().is_some_and(|reader| reader.enforce_deadline()) {
-                (self.events)(ImportEvent::Warning("reading the credentials files took too long".into()));
             }
             let now = Instant::now();
             if now >= stalled {

@@ -1,12 +1,12 @@
 //! `enroot digest`: which image a reference means on this machine.
 
-use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use super::{Context, Error, say, settings};
 use crate::image::platform::Platform;
 use crate::image::reference::ImageReference;
-use crate::registry::credentials;
+use crate::registry::credentials::{SharedKeyring, SiteHelpers, UserKeys};
 use crate::registry::resolve::{Resolved, resolve};
 
 /// Print the digest of an image.
@@ -56,8 +56,9 @@ impl RegistryImage {
         let registries = settings::registries(context.config.registries(), &context.settings, &reference);
         let home = context.environment.get_str("HOME").unwrap_or(&context.identity.home);
         // Credentials as the settings say: `ENROOT_CONFIG_PATH` may come from a file.
-        let credentials = credentials::load(context.settings.environment(), Path::new(home));
-        let resolved = resolve(&reference, &registries, &credentials, &platform)?;
+        let keys = UserKeys::new(context.settings.environment().clone(), home, SiteHelpers::new());
+        let keyring: SharedKeyring = Arc::new(keys);
+        let resolved = resolve(&reference, &registries, &keyring, &platform)?;
         let (has, wanted) = (&resolved.config.architecture, &platform.architecture);
         if !has.is_empty() && has != wanted {
             say::warn(format_args!("Image architecture doesn't match the requested one: {has} != {wanted}"));
