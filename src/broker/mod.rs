@@ -463,11 +463,21 @@ impl Step<'_> {
     /// Waits until the leading task has run the entrypoint, or the step ends: which the task notices because this process
     /// ends, since the signals of a cancelled step need not reach the task itself.
     fn stand_by(&self) -> Result<(), BrokerError> {
-        let mut watched = [
-            PollFd::new(self.leader.channel, PollFlags::IN | PollFlags::RDHUP),
-            PollFd::from_borrowed_fd(self.life.as_fd(), PollFlags::empty()),
-        ];
-        rustix::io::retry_on_intr(|| rustix::event::poll(&mut watched, None)).map(drop).map_err(failed("poll"))
+        loop {
+            let mut watched = [
+                PollFd::new(self.leader.channel, PollFlags::IN | PollFlags::RDHUP),
+                PollFd::from_borrowed_fd(self.life.as_fd(), PollFlags::empty()),
+            ];
+            rustix::io::retry_on_intr(|| rustix::event::poll(&mut watched, None)).map_err(failed("poll"))?;
+            let [from_leader, life] = watched.map(|descriptor| descriptor.revents());
+            if !life.is_empty() {
+                return Ok(());
+            }
+            // What it said before, if nobody had to wait for that: init may join a running container without the task.
+            if !from_leader.is_empty() && self.leader.channel.receive().map_err(failed("task"))?.is_none() {
+                return Ok(());
+            }
+        }
     }
 
     /// The image that the request names, for a new container.

@@ -3,9 +3,12 @@
 //!
 //! The leading task does it: so it happens in the job's cgroups and with the task's CPUs and limits. The entrypoint is
 //! given a program to execute, the probe (`sys::probe`), which says where it is; the environment and the working directory
-//! found there become the container's. Then everything the entrypoint has started is killed, wherever it went.
+//! found there become the container's. Then everything the entrypoint has started is killed, wherever it went: that is the
+//! keeper's work, a process between the two, which outlives a task that is killed.
 //!
 //! It ends as well when it takes too long, and when the broker, which watches the step, ends.
+
+mod keeper;
 
 use std::collections::VecDeque;
 use std::ffi::CString;
@@ -14,25 +17,24 @@ use std::io::{self, Read, Write};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use keeper::{Ended, Keeper};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
-use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, WaitStatus};
+use rustix::process::Pid;
 
 use super::protocol::{Entrypoint, MAX_MEMORY_FILE};
 use super::{Container, JoinOptions, UserMessage};
 use crate::request::Environment;
 use crate::sys;
 use crate::sys::exec::execute;
-use crate::sys::process::{Forked, children, close_from, default_signals, die_with_parent, exit_now, fork};
+use crate::sys::process::{Forked, close_from, default_signals, die_with_parent, exit_now, fork};
 
 /// Most bytes of output that are kept: the last ones.
 const MAX_OUTPUT: usize = 1 << 20;
 /// How long what an entrypoint leaves running when it has ended may take to get to the probe.
 const GRACE: Duration = Duration::from_secs(10);
-/// How often to look whether anything of it is left then.
-const TICK: Duration = Duration::from_millis(20);
 /// What shells set for themselves.
 const SHELL_VARIABLES: [&str; 4] = ["PWD", "OLDPWD", "SHLVL", "_"];
 
@@ -112,33 +114,26 @@ fn attempt(
         rustix::io::ioctl_fionbio(reading, true).map_err(Failure::system("pipe"))?;
     }
 
-    let adopting = Adopting::begin(broker).map_err(Failure::system("entrypoint"))?;
-    let parent = rustix::process::getpid();
-    // SAFETY: a task process has one thread.
-    let child = match unsafe { fork(0) }.map_err(Failure::system("entrypoint"))? {
-        Forked::Child => {
-            let status = match become_entrypoint(parent, container, [&null, &write, &write]) {
-                Ok(()) => {
-                    let program = &entrypoint.program;
-                    let errno = match text(program.as_bytes()) {
-                        Ok(program) => execute(&program, &arguments, &variables, environment.get("PATH")),
-                        Err(_) => nix::errno::Errno::EINVAL,
-                    };
-                    let _ = writeln!(io::stderr(), "[ERROR] {program}: {}", errno.desc());
-                    // As shells have it.
-                    if errno == nix::errno::Errno::ENOENT { 127 } else { 126 }
-                }
-                Err(error) => {
-                    let _ = writeln!(io::stderr(), "[ERROR] {error}");
-                    1
-                }
-            };
-            exit_now(status)
-        }
-        Forked::Parent(child) => child,
+    let program = || {
+        let program = &entrypoint.program;
+        let errno = match text(program.as_bytes()) {
+            Ok(program) => execute(&program, &arguments, &variables, environment.get("PATH")),
+            Err(_) => nix::errno::Errno::EINVAL,
+        };
+        let _ = writeln!(io::stderr(), "[ERROR] {program}: {}", errno.desc());
+        // As shells have it.
+        if errno == nix::errno::Errno::ENOENT { 127 } else { 126 }
     };
-    drop((write, null));
-    let mut watch = Watch { child, broker, report: File::from(report), output: Some(File::from(read)), channel };
+
+    let adopting = Adopting::begin(broker).map_err(Failure::system("entrypoint"))?;
+    let (own_ends, ends) = Keeper::pipes().map_err(Failure::system("pipe"))?;
+    // SAFETY: a task process has one thread.
+    let keeper = match unsafe { fork(0) }.map_err(Failure::system("entrypoint"))? {
+        Forked::Child => become_keeper(container, [&null, &write, &write], &ends, program),
+        Forked::Parent(keeper) => Keeper::new(keeper, own_ends),
+    };
+    drop((write, null, ends));
+    let mut watch = Watch { keeper, report: File::from(report), output: Some(File::from(read)), channel };
     let limit = Duration::from_secs(entrypoint.timeout_seconds.into());
     let result = watch
         .until_reported(output, Instant::now() + limit)
@@ -147,23 +142,48 @@ fn attempt(
             Failure::Time(..) => Failure::Time(entrypoint.program.clone(), entrypoint.timeout_seconds),
             other => other,
         });
+    let Watch { keeper, output: pipe, .. } = watch;
+    drop(keeper);
     drop(adopting);
     // What was written before the end.
-    if let Some(pipe) = &mut watch.output {
-        output.take_from(pipe);
+    if let Some(mut pipe) = pipe {
+        output.take_from(&mut pipe);
     }
     result
 }
 
-/// In the child: everything up to execve(2).
-fn become_entrypoint(parent: Pid, container: &Container, streams: [&OwnedFd; 3]) -> Result<(), String> {
+/// In the child of the task: the keeper, and its child, the entrypoint.
+fn become_keeper(
+    container: &Container,
+    streams: [&OwnedFd; 3],
+    ends: &keeper::Ends,
+    program: impl FnOnce() -> i32,
+) -> ! {
+    let failed = |reason: String| -> ! {
+        let _ = writeln!(io::stderr(), "[ERROR] {reason}");
+        exit_now(1)
+    };
     let step = |error: io::Error| format!("cannot start the entrypoint: {}", sys::reason(error));
-    die_with_parent(parent).map_err(step)?;
+    if let Err(error) = keeper::begin(streams, ends) {
+        failed(step(error));
+    }
+    let keeper = rustix::process::getpid();
+    // SAFETY: the copy of a process with one thread has one.
+    match unsafe { fork(0) } {
+        Ok(Forked::Child) => match become_entrypoint(keeper, container) {
+            Ok(()) => exit_now(program()),
+            Err(reason) => failed(reason),
+        },
+        Ok(Forked::Parent(entrypoint)) => keeper::keep(entrypoint, ends),
+        Err(error) => failed(step(error)),
+    }
+}
+
+/// In the child of the keeper: everything up to execve(2).
+fn become_entrypoint(keeper: Pid, container: &Container) -> Result<(), String> {
+    let step = |error: io::Error| format!("cannot start the entrypoint: {}", sys::reason(error));
+    die_with_parent(keeper).map_err(step)?;
     rustix::process::setsid().map_err(|errno| step(errno.into()))?;
-    let [input, output, error] = streams;
-    rustix::stdio::dup2_stdin(input).map_err(|errno| step(errno.into()))?;
-    rustix::stdio::dup2_stdout(output).map_err(|errno| step(errno.into()))?;
-    rustix::stdio::dup2_stderr(error).map_err(|errno| step(errno.into()))?;
     container.join(&JoinOptions::default())?;
     close_from(3).map_err(step)?;
     default_signals();
@@ -192,8 +212,8 @@ fn prepared(probe: Pid, given: &Environment) -> Result<Prepared, Failure> {
     Ok(Prepared { environment, workdir })
 }
 
-/// As long as it exists, processes that lose their parent become the caller's children. When dropped, ends all children
-/// but the broker.
+/// As long as it exists, processes that lose their parent become the caller's children, should the keeper be killed. When
+/// dropped, ends all children but the broker.
 struct Adopting {
     broker: Pid,
 }
@@ -207,31 +227,14 @@ impl Adopting {
 
 impl Drop for Adopting {
     fn drop(&mut self) {
-        loop {
-            let others = others(self.broker);
-            if others.is_empty() {
-                break;
-            }
-            for &process in &others {
-                let _ = rustix::process::kill_process(process, Signal::KILL);
-            }
-            // Their children become ours, for the next round.
-            for process in others {
-                let _ = rustix::io::retry_on_intr(|| rustix::process::waitpid(Some(process), WaitOptions::empty()));
-            }
-        }
+        keeper::end_children(Some(self.broker));
         // The command this process becomes has no use for other people's orphans.
         let _ = rustix::process::set_child_subreaper(None);
     }
 }
 
-fn others(broker: Pid) -> Vec<Pid> {
-    children().unwrap_or_default().into_iter().filter(|&child| child != broker).collect()
-}
-
 struct Watch<'a> {
-    child: Pid,
-    broker: Pid,
+    keeper: Keeper,
     report: File,
     /// `None` once all of it is read.
     output: Option<File>,
@@ -241,44 +244,44 @@ struct Watch<'a> {
 impl Watch<'_> {
     /// Waits for the probe, and gives its pid.
     fn until_reported(&mut self, output: &mut Output, mut deadline: Instant) -> Result<Pid, Failure> {
-        let mut child =
-            Some(rustix::process::pidfd_open(self.child, PidfdFlags::empty()).map_err(Failure::system("entrypoint"))?);
+        let mut running = true;
         let mut reported = Vec::new();
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                let late = if child.is_some() { Failure::Time(String::new(), 0) } else { Failure::TooSoon };
-                return Err(late);
+                return Err(if running { Failure::Time(String::new(), 0) } else { Failure::TooSoon });
             }
-            let timeout = if child.is_some() { left } else { left.min(TICK) };
-            let timeout = Timespec { tv_sec: timeout.as_secs().cast_signed(), tv_nsec: timeout.subsec_nanos().into() };
+            let timeout = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
             let mut watched = vec![
                 PollFd::new(&self.report, PollFlags::IN),
                 PollFd::from_borrowed_fd(self.channel, PollFlags::IN | PollFlags::RDHUP),
+                PollFd::new(self.keeper.status(), PollFlags::IN),
             ];
             watched.extend(self.output.as_ref().map(|pipe| PollFd::new(pipe, PollFlags::IN)));
-            watched.extend(child.as_ref().map(|child| PollFd::new(child, PollFlags::IN)));
             rustix::io::retry_on_intr(|| rustix::event::poll(&mut watched, Some(&timeout)))
                 .map_err(Failure::system("poll"))?;
             let cancelled = watched.get(1).is_some_and(|channel| !channel.revents().is_empty());
-            let ended = child.is_some() && watched.last().is_some_and(|child| !child.revents().is_empty());
 
             if self.output.as_mut().is_some_and(|pipe| !output.take_from(pipe)) {
                 self.output = None;
             }
+            // Before the probe, which is read to the end of what was written before this.
+            let news = self.keeper.news().map_err(Failure::system("entrypoint"))?;
             if let Some(probe) = self.probe(&mut reported)? {
                 return Ok(probe);
             }
             if cancelled {
                 return Err(Failure::Cancelled);
             }
-            if ended {
-                self.child_ended()?;
-                child = None;
-                deadline = deadline.min(Instant::now() + GRACE);
-            }
-            if child.is_none() && !self.anything_left() {
-                return Err(Failure::TooSoon);
+            match news {
+                None => {}
+                // Something it has started may be about to execute the probe, if it says that all is well.
+                Some(Ended::Code(0)) => {
+                    running = false;
+                    deadline = deadline.min(Instant::now() + GRACE);
+                }
+                Some(Ended::Code(code)) => return Err(Failure::Code(code)),
+                Some(Ended::Gone) => return Err(Failure::TooSoon),
             }
         }
     }
@@ -300,25 +303,6 @@ impl Watch<'_> {
             .and_then(Pid::from_raw)
             .map(Some)
             .ok_or_else(|| Failure::Other("the probe's report makes no sense".into()))
-    }
-
-    /// The entrypoint itself has ended. Something it has started may be about to execute the probe, if it says that all
-    /// is well.
-    fn child_ended(&self) -> Result<(), Failure> {
-        let status = rustix::io::retry_on_intr(|| rustix::process::waitpid(Some(self.child), WaitOptions::empty()));
-        match status.ok().flatten().and_then(|(_, status): (Pid, WaitStatus)| status.exit_status()) {
-            Some(0) => Ok(()),
-            Some(code) => Err(Failure::Code(code)),
-            None => Err(Failure::TooSoon),
-        }
-    }
-
-    fn anything_left(&self) -> bool {
-        let others = others(self.broker);
-        for &process in &others {
-            let _ = rustix::process::waitpid(Some(process), WaitOptions::NOHANG);
-        }
-        !others.is_empty()
     }
 }
 

@@ -31,6 +31,8 @@ pub const CASES: &[Case] = &[
     ("that_never_ends", that_never_ends),
     ("that_never_stops_talking", that_never_stops_talking),
     ("cancelled", cancelled),
+    ("that_kills_the_task", that_kills_the_task),
+    ("that_kills_its_keeper", that_kills_its_keeper),
     ("batch_scripts", batch_scripts),
     ("of_containers_that_are_kept", kept_containers),
 ];
@@ -314,6 +316,25 @@ fn cancelled(world: &mut World) -> Result<()> {
     ensure!(output.stderr.contains("pyxis: container start was interrupted"), "{output}");
     fs::remove_dir_all(marks)?;
     Ok(())
+}
+
+/// Nothing of an entrypoint is left when the task that runs it is killed: the look at the nodes that follows would tell.
+fn that_kills_the_task(world: &mut World) -> Result<()> {
+    // Whoever the parent is: the task is the first above that is not in the entrypoint's keeping.
+    let script = "parent() { while read -r key value; do [ $key = PPid: ] && echo $value; done </proc/$1/status; }\n\
+                  setsid sleep 98765 & (sleep 98764 & sleep 98763 &); kill -KILL $(parent $PPID); sleep 98762\n";
+    let image = scripted(world, "entry-kills-task", script)?;
+    let output = world.srun(&[&image, ASKED, "-n2", "-N1", "echo", "it ran"])?;
+    ensure!(!output.status.success() && !output.stdout.contains("it ran"), "{output}");
+    ensure!(output.stderr.contains("a previous task terminated unexpectedly during container setup"), "{output}");
+    world.nodes_work()
+}
+
+fn that_kills_its_keeper(world: &mut World) -> Result<()> {
+    let script = "setsid sleep 98765 & (sleep 98764 & sleep 98763 &); kill -KILL $PPID; sleep 98762\n";
+    let image = scripted(world, "entry-kills-keeper", script)?;
+    refused(world, &image, &[], "container exited too soon")?;
+    world.nodes_work()
 }
 
 fn batch_scripts(world: &mut World) -> Result<()> {
