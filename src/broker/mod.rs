@@ -425,10 +425,12 @@ impl Step<'_> {
             named::wait_for_end(self.patience(), &pidfd)?;
             return Ok(false);
         };
-        if !self.request.mounts.is_empty() {
-            self.leader.say(UserMessage::Notice(
-                "pyxis: ignoring --container-mounts when attaching to a running container".into(),
-            ));
+        let request = &self.request;
+        for (option, given) in [("mounts", !request.mounts.is_empty()), ("device", !request.devices.is_empty())] {
+            if given {
+                let text = format!("pyxis: ignoring --container-{option} when attaching to a running container");
+                self.leader.say(UserMessage::Notice(text));
+            }
         }
         self.report(init, ready, registered).map(|()| true)
     }

@@ -86,9 +86,12 @@ fn auto(world: &mut World) -> Result<()> {
         let options = [&name, IMAGE, "--container-writable", "--container-remap-root"];
         let first = start(world, &options, mounted)?;
         // C042. Mounts of the second are ignored, and it says so.
-        let second = sh(world, &[&name, "--container-mounts=/etc:/host-etc"], "ls /mnt; ls -d /host-etc 2>&1; id -u")?;
+        let ignored = [&*name, "--container-mounts=/etc:/host-etc", "--container-device=none.com/x=0"];
+        let second = sh(world, &ignored, "ls /mnt; ls -d /host-etc 2>&1; id -u")?;
         ensure!(second.stdout.starts_with("of-the-first\nls: ") && second.stdout.ends_with("\n0\n"), "{second}");
-        assert_eq!(second.stderr, "pyxis: ignoring --container-mounts when attaching to a running container\n");
+        let line =
+            |option: &str| format!("pyxis: ignoring --container-{option} when attaching to a running container\n");
+        assert_eq!(second.stderr, line("mounts") + &line("device"));
         end(first)?;
         let third = sh(world, &[&name, "--container-mounts=/etc:/host-etc"], "ls /mnt /root; ls -d /host-etc")?;
         assert_eq!((third.stdout.as_str(), third.stderr.as_str()), ("/mnt:\n\n/root:\nleft\n/host-etc\n", ""));
