@@ -29,6 +29,8 @@ pub struct Config {
     pub store: StoreSettings,
     /// What an import may use.
     pub import: ImportConfig,
+    /// What users are told while an image is imported.
+    pub progress: ProgressSettings,
     /// What lives until the next boot.
     pub runtime: RuntimeSettings,
     /// Defaults of containers.
@@ -105,6 +107,22 @@ impl Default for ImportConfig {
             space_factor: defaults.space_factor,
             environment: BTreeMap::new(),
         }
+    }
+}
+
+/// `[progress]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ProgressSettings {
+    /// `after_seconds`: when the first line about an import appears in a job's output.
+    pub after_seconds: u32,
+    /// `interval_seconds`: how often another one does; 0: there are none.
+    pub interval_seconds: u32,
+}
+
+impl Default for ProgressSettings {
+    fn default() -> Self {
+        Self { after_seconds: 10, interval_seconds: 30 }
     }
 }
 
@@ -402,6 +420,7 @@ mod tests {
         assert!(enabled.devices.gres.contains_key("gpu"));
         let devices = DeviceSettings { gres: BTreeMap::new(), ..enabled.devices };
         assert_eq!(devices, DeviceSettings::default());
+        assert_eq!(enabled.progress, ProgressSettings::default());
         assert!(enabled.registry.contains_key("docker.io"));
     }
 }

@@ -16,12 +16,14 @@ use crate::config::Config;
 use crate::container::InUse;
 use crate::image::reference::ImageReference;
 use crate::policy::Policy;
+use crate::progress::{Progress, Update};
 use crate::request::{Environment, ImageSource, LocalImage, StepRequest};
 use crate::rootfs::cgroups;
 use crate::source::importer::ImporterCall;
 use crate::store::Store;
 use crate::sys;
 use crate::task::UserMessage;
+use crate::task::protocol::ToLeader;
 
 /// What all sources need.
 pub(super) struct Acquisition<'a, 'b> {
@@ -151,25 +153,35 @@ impl Acquisition<'_, '_> {
         work: impl FnOnce(&[BorrowedFd<'_>], &mut dyn FnMut(ImportEvent)) -> Result<T, ImportError>,
     ) -> Result<T, ImportError> {
         let in_step = self.request.step.is_some();
+        let mut progress = announced.map(|typed| Progress::new(typed, &self.config.progress));
         let leader = &mut *self.leader;
         let cancel: [BorrowedFd<'_>; 2] = [leader.channel.as_fd(), self.life.as_fd()];
         let mut gone = false;
-        let image = work(&cancel, &mut |event| match event {
-            ImportEvent::NetworkStart => {
-                if let Some(typed) = announced.filter(|_| !in_step) {
-                    leader.say(UserMessage::Notice(format!("pyxis: importing docker image: {typed}")));
-                }
-                // What an import uses is the job's: it starts when the task is in its cgroups.
-                gone |= leader.wait_until_arrived().is_err();
+        let image = work(&cancel, &mut |event| {
+            if let Some(Update { line, due }) = progress.as_mut().and_then(|progress| progress.note(&event)) {
+                let _ = leader.channel.send(&ToLeader::Progress { line, due }, &[]);
             }
-            ImportEvent::Process { pid } => {
-                if let Err(error) = cgroups::join(pid, leader.pid) {
-                    tracing::warn!("importer {pid} stays outside the job's cgroup: {}", sys::reason(error));
+            match event {
+                ImportEvent::NetworkStart => {
+                    if let Some(typed) = announced.filter(|_| !in_step) {
+                        leader.say(UserMessage::Notice(format!("pyxis: importing docker image: {typed}")));
+                    }
+                    // What an import uses is the job's: it starts when the task is in its cgroups.
+                    gone |= leader.wait_until_arrived().is_err();
                 }
+                ImportEvent::Process { pid } => {
+                    if let Err(error) = cgroups::join(pid, leader.pid) {
+                        tracing::warn!("importer {pid} stays outside the job's cgroup: {}", sys::reason(error));
+                    }
+                }
+                ImportEvent::Warning(text) => leader.say(UserMessage::Notice(format!("pyxis: {text}"))),
+                ImportEvent::Log(text) => tracing::info!("{text}"),
+                ImportEvent::Trouble(text) => tracing::info!("{text}"),
+                ImportEvent::Resolved { .. }
+                | ImportEvent::Progress { .. }
+                | ImportEvent::Tick { .. }
+                | ImportEvent::Waiting => {}
             }
-            ImportEvent::Warning(text) => leader.say(UserMessage::Notice(format!("pyxis: {text}"))),
-            ImportEvent::Log(text) => tracing::info!("{text}"),
-            ImportEvent::Resolved { .. } | ImportEvent::Progress { .. } => {}
         })?;
         if gone { Err(ImportError::Cancelled { image: String::new() }) } else { Ok(image) }
     }

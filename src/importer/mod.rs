@@ -32,6 +32,7 @@ use crate::image::digest::Digest;
 use crate::image::manifest::Descriptor;
 use crate::image::platform::Platform;
 use crate::import::{Converted, LayerError, LayerLimits, write_squashfs};
+use crate::registry::TROUBLE;
 use crate::registry::client::Client;
 use crate::registry::credentials::remote::{Asker, RemoteKeys};
 use crate::registry::credentials::{SharedKeyring, no_keys};
@@ -39,9 +40,12 @@ use crate::registry::resolve::resolve;
 use crate::squashfs;
 use crate::sys::channel::Channel;
 use crate::sys::memfile;
+use crate::trace::Listener;
 
 /// How often progress is reported.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
+/// Most characters about something that is tried again.
+const MAX_TROUBLE: usize = 300;
 
 /// The channel as this end has it.
 pub type BrokerChannel = Channel<Report, Command>;
@@ -56,12 +60,21 @@ pub fn run(channel: BrokerChannel) -> ExitCode {
         let _ = channel.send(&Failure::local(format!("the importer cannot confine itself: {reason}")).report(), &[]);
         return ExitCode::FAILURE;
     }
+    let channel = Arc::new(channel);
+    let to_broker = Arc::clone(&channel);
+    let wanted = |event: &tracing::Metadata<'_>| event.target() == TROUBLE;
+    let heard = move |message: &str| {
+        let message = message.chars().take(MAX_TROUBLE).collect();
+        // A broker that is gone ends the process.
+        let _ = to_broker.send(&Report::Trouble { message }, &[]);
+    };
+    Listener::new(wanted, heard).install();
     serve(channel)
 }
 
 /// Serves the broker in this process as it is.
-pub fn serve(channel: BrokerChannel) -> ExitCode {
-    let channel = Arc::new(channel);
+pub fn serve(channel: impl Into<Arc<BrokerChannel>>) -> ExitCode {
+    let channel = channel.into();
     let mut jobs: Option<Sender<Job>> = None;
     loop {
         let (command, descriptors) = match channel.receive() {

@@ -119,6 +119,11 @@ pub enum Report {
         /// Compressed bytes since the last report.
         bytes: u64,
     },
+    /// Something went wrong and is tried again.
+    Trouble {
+        /// One line for the user.
+        message: String,
+    },
     /// The layer image is complete: the blob has the digest of its descriptor and the uncompressed stream has the
     /// config's diffID.
     Fetched {

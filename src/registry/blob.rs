@@ -159,13 +159,13 @@ impl<C: Deref<Target = Client>> BlobReader<C> {
     }
 
     /// The connection is lost: whether to go on with another.
-    fn try_again(&mut self, reason: &TransportReason) -> bool {
+    fn try_again(&mut self, host: &str, reason: &TransportReason) -> bool {
         self.body = None;
         if self.position - self.counted_from >= PROGRESS {
             self.backoff.reset();
         }
         self.counted_from = self.position;
-        self.backoff.wait(reason.attempts(u32::MAX), None)
+        self.backoff.wait(reason.attempts(u32::MAX), None, || format!("{host}: {reason}"))
     }
 
     fn read_some(&mut self, buffer: &mut [u8]) -> Result<usize, RegistryError> {
@@ -207,7 +207,7 @@ impl<C: Deref<Target = Client>> BlobReader<C> {
                     // What came is good all the same; the next read opens a new connection.
                     let reason = TransportReason::Stalled(format!("{} of {} bytes", self.position, self.size));
                     let host = source.host.clone();
-                    return if self.try_again(&reason) {
+                    return if self.try_again(&host, &reason) {
                         Ok(count)
                     } else {
                         Err(TransportError { host, reason }.into())
@@ -218,7 +218,7 @@ impl<C: Deref<Target = Client>> BlobReader<C> {
                 Err(error) => super::http::io_reason(error),
             };
             let host = source.host.clone();
-            if !self.try_again(&reason) {
+            if !self.try_again(&host, &reason) {
                 return Err(TransportError { host, reason }.into());
             }
         }

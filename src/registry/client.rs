@@ -213,7 +213,7 @@ impl Client {
         authorization: Option<&HeaderValue>,
         backoff: &mut Backoff,
     ) -> Result<Answer, RegistryError> {
-        retried(backoff, || {
+        retried(backoff, &ask.what, || {
             self.http.send(&ask.method, &ask.url, &ask.headers, authorization, ask.redirects, &ask.what)
         })
     }
@@ -232,7 +232,7 @@ impl Client {
         loop {
             let answer = match &request.form {
                 None => self.exchange(&ask, authorization.as_ref(), &mut backoff)?,
-                Some(form) => retried(&mut backoff, || self.http.post(&ask.url, form.bytes()))?,
+                Some(form) => retried(&mut backoff, &ask.what, || self.http.post(&ask.url, form.bytes()))?,
             };
             match answer.response.status() {
                 // OAuth 2.0 has 400 for a refresh token that is none any more (RFC 6749, section 5.2).
@@ -255,7 +255,11 @@ impl Client {
 }
 
 /// Sends until the answer is one that waiting does not change.
-fn retried(backoff: &mut Backoff, send: impl Fn() -> Result<Answer, RegistryError>) -> Result<Answer, RegistryError> {
+fn retried(
+    backoff: &mut Backoff,
+    what: &str,
+    send: impl Fn() -> Result<Answer, RegistryError>,
+) -> Result<Answer, RegistryError> {
     loop {
         match send() {
             Ok(answer) => {
@@ -266,11 +270,14 @@ fn retried(backoff: &mut Backoff, send: impl Fn() -> Result<Answer, RegistryErro
                     401 | 403 => !answer.from_origin,
                     _ => false,
                 };
-                if !(may_pass && backoff.wait(u32::MAX, wish)) {
+                let status = answer.response.status();
+                let trouble = || format!("{} answers {status} to the request for {what}", answer.host);
+                if !(may_pass && backoff.wait(u32::MAX, wish, trouble)) {
                     return Ok(answer);
                 }
             }
-            Err(RegistryError::Transport(error)) if backoff.wait(error.reason.attempts(u32::MAX), None) => {}
+            Err(RegistryError::Transport(error))
+                if backoff.wait(error.reason.attempts(u32::MAX), None, || error.to_string()) => {}
             Err(error) => return Err(error),
         }
     }
@@ -285,7 +292,11 @@ fn read_answer(answer: Answer, ask: &Ask, limit: u64, backoff: &mut Backoff) -> 
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) => {
             let error = TransportError { host: answer.host, reason: http::io_reason(error) };
-            if backoff.wait(error.reason.attempts(u32::MAX), None) { Ok(None) } else { Err(error.into()) }
+            if backoff.wait(error.reason.attempts(u32::MAX), None, || error.to_string()) {
+                Ok(None)
+            } else {
+                Err(error.into())
+            }
         }
     }
 }

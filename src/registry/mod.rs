@@ -25,6 +25,9 @@ pub const PROGRESS: &str = "spank_pyxis::registry::progress";
 /// The last word of an authentication, as an event of [`PROGRESS`].
 pub const AUTHENTICATED: &str = "Authentication succeeded";
 
+/// The target of the events that tell what went wrong and is tried again.
+pub const TROUBLE: &str = "spank_pyxis::registry::trouble";
+
 /// The digest of `bytes`.
 pub fn sha256(bytes: &[u8]) -> Digest {
     Digest::from_bytes(Sha256::digest(bytes).into())

@@ -5,6 +5,8 @@
 use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
+use super::TROUBLE;
+
 const FIRST: Duration = Duration::from_millis(500);
 const LONGEST: Duration = Duration::from_secs(15);
 /// A server that wants us to wait longer than this gets no second try.
@@ -23,13 +25,19 @@ impl Backoff {
         Self { most: attempts, failed: 0 }
     }
 
-    /// Waits before the next try, and says whether there is one: of at most `attempts` for this kind of failure.
-    pub fn wait(&mut self, attempts: u32, retry_after: Option<Duration>) -> bool {
+    /// Waits before the next try, and says whether there is one: of at most `attempts` for this kind of failure, which
+    /// `trouble` describes.
+    pub fn wait(&mut self, attempts: u32, retry_after: Option<Duration>, trouble: impl FnOnce() -> String) -> bool {
         self.failed += 1;
         if self.failed >= self.most.min(attempts) || retry_after.is_some_and(|wish| wish > LONGEST_RETRY_AFTER) {
             return false;
         }
-        std::thread::sleep(self.delay(RandomState::new().hash_one(self.failed)).max(retry_after.unwrap_or_default()));
+        let delay = self.delay(RandomState::new().hash_one(self.failed)).max(retry_after.unwrap_or_default());
+        match delay.as_secs() {
+            0 | 1 => tracing::info!(target: TROUBLE, "{}: trying again", trouble()),
+            seconds => tracing::info!(target: TROUBLE, "{}: trying again in {seconds} s", trouble()),
+        }
+        std::thread::sleep(delay);
         true
     }
 
@@ -60,11 +68,12 @@ mod tests {
 
     #[test]
     fn the_last_try_is_not_waited_for() {
-        assert!(!Backoff::new(1).wait(5, None));
-        assert!(!Backoff::new(5).wait(1, None));
-        assert!(!Backoff::new(5).wait(5, Some(LONGEST_RETRY_AFTER + Duration::from_secs(1))));
+        let wait = |backoff: &mut Backoff, attempts, wish| backoff.wait(attempts, wish, || panic!("none"));
+        assert!(!wait(&mut Backoff::new(1), 5, None));
+        assert!(!wait(&mut Backoff::new(5), 1, None));
+        assert!(!wait(&mut Backoff::new(5), 5, Some(LONGEST_RETRY_AFTER + Duration::from_secs(1))));
         let mut backoff = Backoff { most: 3, failed: 2 };
-        assert!(!backoff.wait(5, None));
+        assert!(!wait(&mut backoff, 5, None));
         backoff.reset();
         assert_eq!(backoff.failed, 0);
     }

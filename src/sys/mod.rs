@@ -13,6 +13,7 @@ pub mod probe;
 pub mod process;
 pub mod seccomp;
 pub mod spawn;
+pub mod terminal;
 pub mod time;
 
 /// The kernel's text for an error (an `io::Error` or an `Errno`), as strerror(3) has it: without the "(os error N)" that

@@ -1,7 +1,7 @@
 //! What the leading task and the broker say to each other.
 //!
 //! ```text
-//! broker → Say …                                       at any time
+//! broker → Say …, Progress …                           at any time
 //!          leader → Arrived
 //! broker → Started                                     container init is in its namespaces
 //!          leader → Proceed (+ environment, cgroup namespace)
@@ -64,6 +64,13 @@ pub struct Entrypoint {
 pub enum ToLeader {
     /// Pass this on.
     Say(UserMessage),
+    /// How far the import is, in one line.
+    Progress {
+        /// The line.
+        line: String,
+        /// Whether it is time for a line in an output that keeps every line.
+        due: bool,
+    },
     /// Container init runs in its user namespace.
     Started {
         /// Its process id.

@@ -17,6 +17,7 @@ use crate::devices::access::DeviceAccess;
 use crate::request::{Environment, StepRequest};
 use crate::sys::channel::{self, Channel};
 use crate::sys::spawn::spawn;
+use crate::sys::terminal::LiveLine;
 use crate::sys::{self, memfile};
 
 /// A started broker.
@@ -78,6 +79,9 @@ impl StartingContainer {
         say: &mut dyn FnMut(UserMessage),
     ) -> Result<Outcome, String> {
         let (mut entered, mut cgroup_namespace) = (false, false);
+        // A thousand nodes need not say it all.
+        let is_first_node = task_environment.get_str("SLURM_NODEID").is_none_or(|node| node == "0");
+        let mut progress = LiveLine::stderr();
         // A broker that is gone has left a message that says why: it is read below.
         let _ = self.channel.send(&ToBroker::Arrived, &[]);
         // While the broker is busy.
@@ -87,8 +91,17 @@ impl StartingContainer {
                 .channel
                 .receive()
                 .map_err(|error| format!("could not start container: broker: {}", sys::reason(error)))?;
+            if !matches!(received, Some((ToLeader::Progress { .. }, _))) {
+                progress.clear();
+            }
             match received {
                 Some((ToLeader::Say(message), _)) => say(message),
+                Some((ToLeader::Progress { line, .. }, _)) if progress.is_live() => progress.show(&line),
+                Some((ToLeader::Progress { line, due }, _)) => {
+                    if due && is_first_node {
+                        say(UserMessage::Notice(format!("pyxis: {line}")));
+                    }
+                }
                 Some((ToLeader::Started { init }, _)) => {
                     let environment = environment_file(task_environment)
                         .map_err(|error| format!("could not start container: environment: {}", sys::reason(error)))?;

@@ -199,9 +199,15 @@ impl Conversation {
         }
     }
 
+    /// The next message, except about what is tried again.
     pub fn next(&self) -> (Report, Vec<std::os::fd::OwnedFd>) {
-        let mut ready = [PollFd::new(&self.0, PollFlags::IN)];
-        assert_eq!(poll(&mut ready, Some(&DEADLINE.try_into().unwrap())), Ok(1), "the importer says nothing");
-        self.0.receive().unwrap().expect("the importer is gone")
+        loop {
+            let mut ready = [PollFd::new(&self.0, PollFlags::IN)];
+            assert_eq!(poll(&mut ready, Some(&DEADLINE.try_into().unwrap())), Ok(1), "the importer says nothing");
+            match self.0.receive().unwrap().expect("the importer is gone") {
+                (Report::Trouble { .. }, _) => {}
+                message => return message,
+            }
+        }
     }
 }

@@ -26,6 +26,7 @@ mod oci_hooks;
 mod options;
 mod packages;
 mod policy;
+mod progress;
 mod registries;
 mod relay;
 mod save;
@@ -67,6 +68,7 @@ fn main() -> ExitCode {
         ("mounts", mounts::CASES),
         ("images", images::CASES),
         ("layouts", layouts::CASES),
+        ("progress", progress::CASES),
         ("registries", registries::CASES),
         ("policy", policy::CASES),
         ("sources", sources::CASES),

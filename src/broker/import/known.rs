@@ -108,6 +108,7 @@ impl<'a> Known<'a> {
                 let image = self.request.reference;
                 events(ImportEvent::Log(format!("waiting for another step of the user's that imports {image}")));
             }
+            events(ImportEvent::Waiting);
             pause(cancel, &self.request.reference.to_string())?;
         }
     }

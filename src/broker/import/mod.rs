@@ -139,6 +139,15 @@ pub enum ImportEvent {
         /// Bytes of the blob.
         total: u64,
     },
+    /// Something went wrong and is tried again: one line.
+    Trouble(String),
+    /// Some time has passed.
+    Tick {
+        /// Layers that other steps import.
+        elsewhere: usize,
+    },
+    /// Another step of the user's imports the image. Said again and again.
+    Waiting,
     /// One line for the user: something may be wrong with the image or the credentials.
     Warning(String),
     /// One line for the node's log.

@@ -46,6 +46,8 @@ const MAX_WARNINGS: usize = 20;
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// An importer that says nothing for so long hangs. Its own timeouts are far below.
 const STALL: Duration = Duration::from_secs(600);
+/// How often whoever shows the progress is told that time passes.
+const TICK: Duration = Duration::from_secs(1);
 /// How long to wait for another process that collects already.
 const COLLECTION_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -72,6 +74,10 @@ pub(super) struct Session<'a, 'e> {
     pub importer: Importer,
     /// When the importer last did something useful.
     active: Instant,
+    /// When whoever shows the progress was last told that time passes.
+    ticked: Instant,
+    /// Layers that other brokers fetch.
+    elsewhere: usize,
 }
 
 /// A layer on its way. The index in the manifest is that of its first occurrence.
@@ -115,7 +121,19 @@ impl<'a, 'e> Session<'a, 'e> {
         importer: Importer,
     ) -> Self {
         let shown = one_line(&shown, 300);
-        Self { store, settings, registry, shown, pinned, cancel, events, importer, active: Instant::now() }
+        Self {
+            store,
+            settings,
+            registry,
+            shown,
+            pinned,
+            cancel,
+            events,
+            importer,
+            active: Instant::now(),
+            ticked: Instant::now(),
+            elsewhere: 0,
+        }
     }
 
     /// Has the importer find the image by its first command.
@@ -276,6 +294,7 @@ impl<'a, 'e> Session<'a, 'e> {
                 .filter(|(_, layer)| matches!(layer.state, State::Waiting))
                 .map(|(index, _)| *index)
                 .collect();
+            self.elsewhere = waiting.len();
             if asked == 0 && waiting.is_empty() {
                 return Ok(());
             }
@@ -382,6 +401,10 @@ impl<'a, 'e> Session<'a, 'e> {
             _ => return Err(self.unexpected(&report)),
         }
         self.active = Instant::now();
+        if matches!(report, Report::Fetched { .. }) {
+            let total = descriptor.size;
+            (self.events)(ImportEvent::Progress { layer: index, bytes: total, total });
+        }
         *state = match (report, std::mem::replace(state, State::Missing)) {
             (Report::Confirmed { allowed: true, .. }, State::Confirming(lease)) => State::Ready(lease),
             (Report::Confirmed { .. }, State::Confirming(lease)) => {
@@ -419,8 +442,13 @@ impl<'a, 'e> Session<'a, 'e> {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         loop {
             let stalled = self.active + STALL;
-            let wake = [Some(stalled), deadline].into_iter().flatten().min();
+            let tick = self.ticked + TICK;
+            let wake = [Some(stalled), Some(tick), deadline].into_iter().flatten().min();
             let ready = self.poll(wake)?;
+            if Instant::now() >= tick {
+                self.ticked = Instant::now();
+                (self.events)(ImportEvent::Tick { elsewhere: self.elsewhere });
+            }
             if ready.diagnostics {
                 let lines = self.importer.process.as_mut().map(|process| process.read_diagnostics());
                 for line in lines.into_iter().flatten() {
@@ -435,6 +463,10 @@ impl<'a, 'e> Session<'a, 'e> {
                 };
                 if let Report::Failed { kind, message } = report {
                     return Err(ImportError::Refused { kind, message: one_line(&message, MAX_MESSAGE) });
+                }
+                if let Report::Trouble { message } = report {
+                    (self.events)(ImportEvent::Trouble(one_line(&message, MAX_MESSAGE)));
+                    continue;
                 }
                 if !matches!(report, Report::Resolved { .. }) && !descriptors.is_empty() {
                     return Err(self.misbehaves("unexpected descriptors"));
@@ -504,11 +536,14 @@ impl<'a, 'e> Session<'a, 'e> {
         match result {
             Ok(()) => Ok(()),
             // It may have said why.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => match self.importer.channel.receive() {
-                Ok(Some((Report::Failed { kind, message }, _))) => {
-                    Err(ImportError::Refused { kind, message: one_line(&message, MAX_MESSAGE) })
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => loop {
+                match self.importer.channel.receive() {
+                    Ok(Some((Report::Failed { kind, message }, _))) => {
+                        break Err(ImportError::Refused { kind, message: one_line(&message, MAX_MESSAGE) });
+                    }
+                    Ok(Some(_)) => {}
+                    _ => break Err(self.ended()),
                 }
-                _ => Err(self.ended()),
             },
             Err(error) => Err(self.failed(&format!("cannot instruct the importer: {}", crate::sys::reason(error)))),
         }
@@ -534,7 +569,7 @@ impl<'a, 'e> Session<'a, 'e> {
             Report::Confirmed { .. } => "a confirmation",
             Report::Progress { .. } => "progress",
             Report::Fetched { .. } | Report::Converted { .. } => "a layer",
-            Report::Failed { .. } => "a failure",
+            Report::Failed { .. } | Report::Trouble { .. } => "a failure",
         };
         self.misbehaves(&format!("{what} that nobody asked for"))
     }

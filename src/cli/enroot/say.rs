@@ -1,12 +1,13 @@
 //! enroot's lines: `[INFO]`, `[WARN]` and `[ERROR]` on standard error, coloured on a terminal, results on standard output.
 
-use std::fmt::{self, Display, Write as _};
+use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use tracing::field::{Field, Visit};
-use tracing::span::{Attributes, Id, Record};
-use tracing::{Event, Level, Metadata, Subscriber};
+use tracing::{Level, Metadata};
+
+use crate::registry::{AUTHENTICATED, PROGRESS, TROUBLE};
+use crate::trace::Listener;
 
 /// Progress.
 pub fn info(text: impl Display) {
@@ -50,56 +51,21 @@ pub fn line(text: impl Display) -> io::Result<()> {
     }
 }
 
-/// From now on, what the registry client says about its progress is shown.
+/// From now on, what the registry client says about its progress and its troubles is shown, each once.
 pub fn follow_the_registry() {
-    // Fails only if it was done already.
-    let _ = tracing::subscriber::set_global_default(Progress::default());
-}
-
-/// Shows the events of [`crate::registry`], each once.
-#[derive(Default)]
-struct Progress {
-    asked: AtomicBool,
-}
-
-impl Subscriber for Progress {
-    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.target() == crate::registry::PROGRESS && *metadata.level() <= Level::INFO
-    }
-
-    fn new_span(&self, _: &Attributes<'_>) -> Id {
-        Id::from_u64(1)
-    }
-
-    fn record(&self, _: &Id, _: &Record<'_>) {}
-
-    fn record_follows_from(&self, _: &Id, _: &Id) {}
-
-    fn event(&self, event: &Event<'_>) {
-        let mut message = Message(String::new());
-        event.record(&mut message);
+    let asked = AtomicBool::new(false);
+    let heard = move |message: &str| {
         // A token that is renewed is no news.
-        let authentication = message.0.starts_with("Authenticat") || message.0.starts_with("Using credentials");
-        if !(authentication && self.asked.load(Ordering::Relaxed)) {
-            info(&message.0);
+        let authentication = message.starts_with("Authenticat") || message.starts_with("Using credentials");
+        if !(authentication && asked.load(Ordering::Relaxed)) {
+            info(message);
         }
-        if message.0 == crate::registry::AUTHENTICATED {
-            self.asked.store(true, Ordering::Relaxed);
+        if message == AUTHENTICATED {
+            asked.store(true, Ordering::Relaxed);
         }
-    }
-
-    fn enter(&self, _: &Id) {}
-
-    fn exit(&self, _: &Id) {}
-}
-
-struct Message(String);
-
-impl Visit for Message {
-    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        if field.name() == "message" {
-            // Writing to a String cannot fail.
-            let _ = write!(self.0, "{value:?}");
-        }
-    }
+    };
+    let wanted = |event: &Metadata<'_>| {
+        (event.target() == PROGRESS || event.target() == TROUBLE) && *event.level() <= Level::INFO
+    };
+    Listener::new(wanted, heard).install();
 }
