@@ -3,12 +3,13 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::time::Instant;
 
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 use rustix::process::{PidfdFlags, Signal, WaitOptions};
+use rustix::thread::LinkNameSpaceType;
 
 use super::import::service_identity;
 use super::named::Patience;
@@ -19,9 +20,16 @@ use crate::devices::nvidia::inventory;
 use crate::sys::spawn::spawn;
 use crate::sys::{self, memfile};
 
-/// Takes an inventory and puts it where containers find it. Gives the reason why there is none, one line; fails if the step
-/// is over.
-pub(super) fn take(patience: Patience<'_>, config: &Config, job_user: u32) -> Result<Option<String>, BrokerError> {
+/// Takes an inventory in the mount namespace `host`, where the broker then stays, and puts it where containers find it. Gives
+/// the reason why there is none, one line; fails if the step is over.
+pub(super) fn take(
+    patience: Patience<'_>,
+    host: BorrowedFd<'_>,
+    config: &Config,
+    job_user: u32,
+) -> Result<Option<String>, BrokerError> {
+    rustix::thread::move_into_link_name_space(host, Some(LinkNameSpaceType::Mount))
+        .map_err(failed("the host's mount namespace"))?;
     match run(&patience, config, job_user)? {
         Ok(answer) => Ok(keep(&config.runtime.path, &answer).err()),
         Err(reason) => Ok(Some(reason)),

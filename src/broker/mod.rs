@@ -22,7 +22,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags};
-use rustix::fs::Mode;
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::Pid;
 use rustix::thread::CapabilitySet;
@@ -221,7 +221,10 @@ fn start(
     let (name, mode) = FullName::of(&request).map_err(|error| BrokerError::Refused(error.to_string()))?.unzip();
     let running = Running::create(&config.runtime.path, request.user.uid).map_err(failed("running containers"))?;
     let leader = Leader { channel: leader_channel, pid: leader, proceed: None, arrived: false };
-    let mut step = Step { leader, life, config, request, environment, mounts, name, running, began: Instant::now() };
+    let host = rustix::fs::open("/proc/self/ns/mnt", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(failed("mount namespace"))?;
+    let mut step =
+        Step { leader, life, config, request, environment, mounts, name, running, host, began: Instant::now() };
     // Another time if the container that this step was to join has ended meanwhile.
     while !step.start(mode.flatten())? {}
     Ok(())
@@ -238,6 +241,8 @@ struct Step<'a> {
     /// What the container is registered as.
     name: Option<FullName>,
     running: Running,
+    /// The mount namespace of the host, which the broker leaves for that of the layers.
+    host: OwnedFd,
     began: Instant,
 }
 
@@ -648,7 +653,7 @@ impl Step<'_> {
         init_channel: &Channel<ToInit, FromInit>,
         server: Option<&FuseServer>,
     ) -> Result<Option<Ready>, BrokerError> {
-        let Self { leader, life, config, request, began, .. } = self;
+        let Self { leader, life, config, request, host, began, .. } = self;
         let init = init.as_raw_nonzero().get();
         loop {
             let mut watched = [
@@ -679,7 +684,7 @@ impl Step<'_> {
                     }
                     Some((FromInit::WantInventory, _)) => {
                         let patience = Patience { leader: leader.channel.as_fd(), life: life.as_fd() };
-                        let problem = inventory::take(patience, config, request.user.uid)?;
+                        let problem = inventory::take(patience, host.as_fd(), config, request.user.uid)?;
                         init_channel.send(&ToInit::Inventory { problem }, &[]).map_err(|_| vanished())?;
                     }
                     Some((FromInit::Started, _)) => {

@@ -22,6 +22,7 @@ mod lifecycle;
 mod mounts;
 mod mpi;
 mod named;
+mod nvidia;
 mod oci_hooks;
 mod options;
 mod packages;
@@ -85,6 +86,7 @@ fn main() -> ExitCode {
         ("unshare", unshare::CASES),
         ("devices", devices::CASES),
         ("cdi", cdi::CASES),
+        ("nvidia", nvidia::CASES),
         ("entrypoint", entrypoint::CASES),
         ("save", save::CASES),
         ("lifecycle", lifecycle::CASES),

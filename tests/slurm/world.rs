@@ -13,6 +13,8 @@ use testbed::proxy::Proxy;
 use testbed::registry::{Account, Registry, RegistryOptions};
 use testbed::{ClusterOptions, Output, Running, TestUser, Testbed, images, process, site, wait};
 
+use crate::nvidia::GpuBed;
+
 /// The image of most tests.
 pub const IMAGE: &str = "--container-image=alpine:latest";
 
@@ -25,6 +27,8 @@ pub struct World {
     pub tokens: Registry,
     /// In front of the hub; may be made to stall.
     pub proxy: Proxy,
+    /// Another cluster, whose node has GPUs; started when a test needs it.
+    pub gpus: Option<GpuBed>,
     pushed: HashSet<&'static str>,
     /// The tests leave files in the users' home directories.
     _homes: std::fs::File,
@@ -45,7 +49,7 @@ impl World {
         let options = RegistryOptions { accounts, tokens: true, ..RegistryOptions::default() };
         let tokens = Registry::start(&bed.site, "tokens", options)?;
         let proxy = Proxy::start(bed.hub.port())?;
-        let mut world = Self { bed, private, tokens, proxy, pushed: HashSet::new(), _homes: homes };
+        let mut world = Self { bed, private, tokens, proxy, gpus: None, pushed: HashSet::new(), _homes: homes };
         world.bed.pyxis.configure(&world.configuration())?;
         let image = images::busybox(&world.directory("alpine")?)?;
         world.bed.hub.push(&image, "library/alpine:latest")?;

@@ -11,6 +11,7 @@ use std::sync::Mutex;
 
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
+use nix::sys::stat::{Mode, SFlag, makedev};
 
 use crate::node::Node;
 use crate::process::{self, Daemon, Output, Running};
@@ -25,13 +26,15 @@ pub struct ClusterOptions {
     pub nodes: usize,
     /// CPUs that each node claims to have.
     pub cpus: usize,
+    /// GPUs that each node claims to have: the numbers at the ends of its device files, which are others in fact.
+    pub gpus: usize,
     /// Lines at the end of `slurm.conf`.
     pub extra: String,
 }
 
 impl Default for ClusterOptions {
     fn default() -> Self {
-        Self { nodes: 2, cpus: 16, extra: String::new() }
+        Self { nodes: 2, cpus: 16, gpus: 0, extra: String::new() }
     }
 }
 
@@ -56,6 +59,9 @@ impl Cluster {
         let plugstack = site.write("etc/plugstack.conf", "")?;
         let ports = free_ports(options.nodes + 1)?;
         let base_config = slurm_conf(site, options, &ports)?;
+        if options.gpus > 0 {
+            site.write("etc/gres.conf", gres_conf(site, options.gpus)?)?;
+        }
         let config = site.write("etc/slurm.conf", &base_config)?;
         let controller = site.daemon(
             "slurmctld",
@@ -237,15 +243,35 @@ InactiveLimit=0
         log = path("log"),
         plugstack = path("etc/plugstack.conf"),
     );
+    let gres = match options.gpus {
+        0 => String::new(),
+        gpus => {
+            conf += "GresTypes=gpu\n";
+            format!("Gres=gpu:{gpus} ")
+        }
+    };
     for (index, port) in node_ports.iter().enumerate() {
         let (name, cpus) = (format!("node{}", index + 1), options.cpus);
         conf += &format!(
             "NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} Boards=1 \
-             SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=16000 State=UNKNOWN\n"
+             SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=16000 {gres}State=UNKNOWN\n"
         );
     }
     conf += "PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO\n";
     conf += &options.extra;
+    Ok(conf)
+}
+
+/// GPUs whose device files are those of `/dev/zero`, `/dev/full` and `/dev/random`, by turns: devices of different numbers that
+/// nothing depends on.
+fn gres_conf(site: &Site, gpus: usize) -> Result<String> {
+    let directory = site.make_directory("gres")?;
+    let mut conf = String::new();
+    for (index, minor) in [5, 7, 8].into_iter().cycle().take(gpus).enumerate() {
+        let path = directory.join(format!("nvidia{index}"));
+        nix::sys::stat::mknod(&path, SFlag::S_IFCHR, Mode::from_bits_truncate(0o666), makedev(1, minor))?;
+        conf += &format!("Name=gpu File={}\n", path.display());
+    }
     Ok(conf)
 }
 
