@@ -90,6 +90,14 @@ pub fn main() -> ExitCode {
 
 /// A command that somebody typed.
 fn typed() -> ExitCode {
+    match enroot::bundled::own() {
+        None => {}
+        Some(Ok(bundle)) => return enroot::bundled::main(&bundle),
+        Some(Err(error)) => {
+            eprintln!("[ERROR] {}", crate::sys::reason(error));
+            return ExitCode::FAILURE;
+        }
+    }
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) if first_word().is_some_and(|word| enroot::is_command(&word)) => return enroot::usage(&error),

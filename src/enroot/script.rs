@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use super::conf::{EnrootConf, EnrootConfError, Identity};
 use super::{HOST_PATH, os};
 use crate::request::Environment;
 use crate::sys;
@@ -80,25 +81,25 @@ impl Script {
         }
     }
 
-    /// The settings in its comments: they go before the environment.
-    pub fn settings(&self) -> Vec<(&str, &str)> {
-        let setting = |line: &'_ str| -> Option<(usize, usize)> {
-            let rest = line.strip_prefix('#')?.trim_start();
-            let end = rest.find([' ', '\t']).unwrap_or(rest.len());
-            let key = &rest[..end];
-            let valid = key.strip_prefix("ENROOT_").is_some_and(|name| {
-                !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_uppercase() || byte == b'_')
-            });
-            valid.then_some((line.len() - rest.len(), end))
-        };
-        let split = |line: &str| setting(line).map(|(start, end)| (start, start + end));
-        self.text
-            .lines()
-            .filter_map(|line| {
-                let (start, end) = split(line)?;
-                Some((line.get(start..end)?, line.get(end..)?.trim()))
-            })
-            .collect()
+    /// The settings in its comments, evaluated as those of `enroot.conf`: they go before `environment`.
+    pub fn settings(
+        &self,
+        environment: &Environment,
+        identity: &Identity,
+    ) -> Result<Vec<(String, String)>, EnrootConfError> {
+        let mut without = environment.clone();
+        let lines = self.text.lines().map(|line| match directive(line) {
+            Some((key, rest)) => {
+                without.remove(key);
+                rest
+            }
+            // So that mistakes are on the line that they are on.
+            None => "",
+        });
+        let text = lines.collect::<Vec<_>>().join("\n");
+        // bash will run what else there is in it.
+        let conf = EnrootConf::evaluate(&[(self.path.clone(), text, true)], &without, identity)?;
+        Ok(conf.defined().map(|(key, value)| (key.to_owned(), value.to_owned())).collect())
     }
 
     /// What the function prints; nothing if the script has none of that name.
@@ -138,6 +139,15 @@ impl Script {
     }
 }
 
+/// The key of a comment that is a setting, and all of it.
+fn directive(line: &str) -> Option<(&str, &str)> {
+    let rest = line.strip_prefix('#')?.trim_start();
+    let key = rest.split([' ', '\t', '=']).next()?;
+    let name = key.strip_prefix("ENROOT_")?;
+    let valid = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_uppercase() || byte == b'_');
+    valid.then_some((key, rest))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -152,12 +162,18 @@ mod tests {
 
     #[test]
     fn functions_and_settings() {
-        let text = "#ENROOT_REMAP_ROOT yes\n# \tENROOT_ROOTFS  /x y \n#ENROOT_X2 z\n# comment\nvalue=7\necho noise\n\
+        let text = "#ENROOT_REMAP_ROOT yes\n# \tENROOT_ROOTFS  ${HOME}/x y \n#ENROOT_RESTRICT_DEV=no\n#ENROOT_X2 z\n# comment\nvalue=7\necho noise\n\
                     environ() { echo \"A=$value $HOST\"; }\nmounts() { false; }\nrc() { exec \"$@\"; }\nhooks() { :; }\n";
         let (_directory, script) = script(text);
         let script = script.unwrap();
-        assert_eq!(script.settings(), [("ENROOT_REMAP_ROOT", "yes"), ("ENROOT_ROOTFS", "/x y")]);
-        let environment: Environment = ["HOST=h"].iter().collect();
+        let environment: Environment = ["HOST=h", "ENROOT_ROOTFS=other", "HOME=/h"].iter().collect();
+        let identity =
+            Identity { uid: 1, gid: 1, name: "ada".into(), group: "users".into(), home: "/h".into(), cwd: "/".into() };
+        let settings = script.settings(&environment, &identity).unwrap();
+        let expected = [("ENROOT_REMAP_ROOT", "yes"), ("ENROOT_ROOTFS", "/h/x y"), ("ENROOT_RESTRICT_DEV", "no")];
+        let sorted: std::collections::BTreeMap<_, _> =
+            expected.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
+        assert_eq!(settings, sorted.into_iter().collect::<Vec<_>>());
         assert_eq!(script.output("environ", &environment).unwrap(), "A=7 h\n");
         assert!(script.output("mounts", &environment).unwrap_err().to_string().ends_with("mounts() failed"));
         let rc = script.rc(&environment).unwrap().unwrap();

@@ -64,8 +64,9 @@ pub enum FromServer {
 /// The channel as the server has it.
 pub type BrokerChannel = Channel<FromServer, ToServer>;
 
-/// The server's whole life, from `Open` on: the process is the user's already.
-pub fn run(channel: BrokerChannel, descriptors: Vec<OwnedFd>) -> io::Result<()> {
+/// The server's whole life, from `Open` on: the process is the user's already. The image begins at byte `start` of the
+/// file.
+pub fn run(channel: BrokerChannel, descriptors: Vec<OwnedFd>, start: u64) -> io::Result<()> {
     let mut descriptors = descriptors.into_iter();
     let (Some(file), Some(life)) = (descriptors.next(), descriptors.next()) else {
         return Err(io::Error::other("the broker sent no file"));
@@ -73,7 +74,7 @@ pub fn run(channel: BrokerChannel, descriptors: Vec<OwnedFd>) -> io::Result<()> 
     // Before anything reads the file; asks for the number of processors first, which reads files of the system.
     let threads = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, MAX_THREADS);
     confine::confine()?;
-    let image = match Image::open(File::from(file)) {
+    let image = match Image::open_at(File::from(file), start) {
         Ok(image) => image,
         Err(error) => return channel.send(&FromServer::Failed { message: refusal(&error) }, &[]),
     };

@@ -161,6 +161,11 @@ impl Unfinished {
         self.root.as_fd()
     }
 
+    /// Where it is, until it has its name.
+    pub fn hidden_path(&self) -> PathBuf {
+        self.path.with_file_name(&self.hidden)
+    }
+
     /// Gives it its name. Returns where it is.
     pub fn publish(mut self) -> Result<PathBuf, UnpackedError> {
         let name = self.path.file_name().unwrap_or_default().to_owned();

@@ -238,6 +238,16 @@ fn configuration_scripts_are_understood() {
     let output = shell(&world, &["--conf", "conf.sh", "-e", "A=option"], inside);
     let home = world.home.display();
     assert_eq!(output.stdout, format!("rc: option {home} 3 0\n/hooked\n1\nwritable\n"), "{output}");
+    // The same, called as a program: what it starts is in it.
+    let batch = world.home.join("batch");
+    let enroot = world.enroot();
+    let text = format!("#!{} batch\n#ENROOT_ROOTFS ${{HOME:+box}}\n{script}", enroot.display());
+    std::fs::write(&batch, text).unwrap();
+    std::fs::set_permissions(&batch, PermissionsExt::from_mode(0o755)).unwrap();
+    let mut command = world.program(&batch, &["sh", "-c", "echo $# \"$@\"", "x", "-a", "b c"]);
+    let output = run(command.env("ENROOT_REMAP_ROOT", "no"), wait::DEADLINE).unwrap();
+    assert_eq!(output.stdout, format!("rc: from-script {home} 3 0\n2 -a b c\n"), "{output}");
+    assert!(world.error(&["batch", "conf.sh", "true"]).ends_with("no line #ENROOT_ROOTFS says what to start"));
     std::fs::write(world.home.join("conf.sh"), "if\n").unwrap();
     let invalid = world.error(&["start", "-c", "conf.sh", "box", "true"]);
     let path = world.home.join("conf.sh").canonicalize().unwrap();

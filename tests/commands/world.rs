@@ -54,21 +54,21 @@ impl World {
 
     /// `enroot ARGUMENTS` where the user may open `/dev/fuse`, as most hosts have it.
     pub fn with_fuse(&self, arguments: &[&str]) -> Command {
-        self.with_device("0666", arguments)
+        self.with_device("0666", &self.command(arguments))
     }
 
     /// `enroot ARGUMENTS` where he may not.
     pub fn without_fuse(&self, arguments: &[&str]) -> Command {
-        self.with_device("0600", arguments)
+        self.with_device("0600", &self.command(arguments))
     }
 
-    fn with_device(&self, mode: &str, arguments: &[&str]) -> Command {
+    /// `command` where `/dev/fuse` has this mode.
+    pub fn with_device(&self, mode: &str, inner: &Command) -> Command {
         let node = self.site.path(&format!("fuse-{mode}"));
         if !node.exists() {
             let mut mknod = Command::new("mknod");
             process::output_of(mknod.arg(format!("--mode={mode}")).arg(&node).args(["c", "10", "229"])).unwrap();
         }
-        let inner = self.command(arguments);
         let mut command = Command::new("unshare");
         command.args(["--mount", "--", "sh", "-c", "mount --bind \"$0\" /dev/fuse && exec \"$@\""]).arg(node);
         command.arg(inner.get_program()).args(inner.get_args());
@@ -83,7 +83,12 @@ impl World {
     }
 
     fn called(&self, name: &str, arguments: &[&str]) -> Command {
-        let mut command = self.user.command(self.bin.join(name));
+        self.program(&self.bin.join(name), arguments)
+    }
+
+    /// Any program, to be run likewise.
+    pub fn program(&self, path: &Path, arguments: &[&str]) -> Command {
+        let mut command = self.user.command(path);
         command.args(arguments).env("HOME", &self.home).current_dir(&self.home);
         // No /etc/enroot of the machine, no proxies, and a registry without TLS.
         command.env("ENROOT_SYSCONF_PATH", "/nonexistent").env("ENROOT_ALLOW_HTTP", "y");

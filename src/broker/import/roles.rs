@@ -236,7 +236,7 @@ pub fn squashfuse_role(mut arguments: impl Iterator<Item = OsString>) -> ExitCod
         become_somebody(&user, parent)?;
         // The step's signals are for its tasks, which read while they end.
         block_all_signals();
-        squashfuse::run(channel, descriptors)
+        squashfuse::run(channel, descriptors, 0)
     };
     match serve() {
         Ok(()) => ExitCode::SUCCESS,

@@ -18,7 +18,7 @@ use crate::squashfs::writer::{DEFAULT_OPTIONS, Options, Writer};
 use crate::unpacked::Containers;
 
 /// Layers downloaded at the same time, unless `ENROOT_MAX_CONNECTIONS` says otherwise.
-const CONNECTIONS: usize = 10;
+pub const CONNECTIONS: usize = 10;
 
 /// Import an image into a squashfs file.
 #[derive(Debug, clap::Args)]

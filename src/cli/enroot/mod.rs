@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bundle;
 mod create;
 mod digest;
 mod exec;
@@ -18,6 +19,8 @@ mod remove;
 mod say;
 mod settings;
 mod start;
+
+pub use bundle::bundled;
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -77,19 +80,10 @@ pub enum Command {
     Info,
     /// Print the version
     Version,
-    /// Not provided
-    #[command(hide = true, disable_help_flag = true)]
-    Bundle(Anything),
-    /// Not provided
-    #[command(hide = true, disable_help_flag = true)]
-    Batch(Anything),
-}
-
-/// Arguments of a command that is not provided.
-#[derive(Debug, clap::Args)]
-pub struct Anything {
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    _arguments: Vec<std::ffi::OsString>,
+    /// Create a self-extracting bundle from an image: an executable that is a container
+    Bundle(bundle::BundleArgs),
+    /// Start a container as a configuration script says
+    Batch(start::BatchArgs),
 }
 
 /// What every command works with.
@@ -135,13 +129,15 @@ pub fn run(command: Command, config: &Path, called_as: CalledAs) -> ExitCode {
     })
 }
 
+fn context(config: &Path) -> Result<Context, Error> {
+    let environment: Environment = std::env::vars_os().map(|(name, value)| settings::join(name, value)).collect();
+    let (config, identity) = (Config::load(config)?, settings::identity()?);
+    let settings = settings::load(&config, &environment, &identity)?;
+    Ok(Context { config, settings, environment, identity })
+}
+
 fn dispatch(command: Command, config: &Path, called_as: CalledAs) -> Result<ExitCode, Error> {
-    let context = || -> Result<Context, Error> {
-        let environment: Environment = std::env::vars_os().map(|(name, value)| settings::join(name, value)).collect();
-        let (config, identity) = (Config::load(config)?, settings::identity()?);
-        let settings = settings::load(&config, &environment, &identity)?;
-        Ok(Context { config, settings, environment, identity })
-    };
+    let context = || context(config);
     match command {
         Command::Import(args) => import::import(&args, &context()?),
         Command::Load(args) => import::load(&args, &context()?),
@@ -160,11 +156,7 @@ fn dispatch(command: Command, config: &Path, called_as: CalledAs) -> Result<Exit
             }
             Ok(ExitCode::SUCCESS)
         }
-        Command::Bundle(_) => Err("enroot bundle is not provided: export the container to a squashfs file, and start \
-                                   that with pyxis start FILE"
-            .into()),
-        Command::Batch(_) => {
-            Err("enroot batch is not provided: start the container with pyxis start --conf FILE NAME".into())
-        }
+        Command::Bundle(args) => bundle::create(&args, &context()?),
+        Command::Batch(args) => start::batch(&args, &context()?),
     }
 }

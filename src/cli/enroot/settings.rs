@@ -6,10 +6,12 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use super::Error;
+use super::import::CONNECTIONS;
 use crate::config::{Config, RegistryConfig};
 use crate::enroot::conf::{EnrootConf, Identity};
 use crate::image::reference::ImageReference;
 use crate::request::Environment;
+use crate::squashfs::writer::DEFAULT_OPTIONS;
 
 /// `NAME=VALUE`.
 pub fn join(mut name: OsString, value: OsString) -> Vec<u8> {
@@ -70,6 +72,14 @@ pub fn all(settings: &EnrootConf) -> BTreeMap<String, String> {
     ];
     let mut all: BTreeMap<String, String> =
         paths.into_iter().map(|(name, path)| (name.to_owned(), path.display().to_string())).collect();
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    for (name, value) in [
+        ("ENROOT_MAX_CONNECTIONS", CONNECTIONS.to_string()),
+        ("ENROOT_MAX_PROCESSORS", processors.to_string()),
+        ("ENROOT_SQUASH_OPTIONS", DEFAULT_OPTIONS.to_owned()),
+    ] {
+        all.insert(name.to_owned(), value);
+    }
     let given = settings.environment().iter().map(|(name, value)| (text(name), text(value)));
     all.extend(given.filter(|(name, value)| name.starts_with("ENROOT_") && !value.is_empty()));
     all

@@ -21,6 +21,7 @@ use crate::init::Start;
 use crate::init::alone::{Alone, Extras, Failure, ImageServer, Ready, Runtime};
 use crate::mounts::fstab::Fstab;
 use crate::request::{ContainerEnv, Environment, PROTOCOL_VERSION, StepRequest, Unshare, User};
+use crate::rootfs::overlay;
 use crate::squashfs::reader::Image;
 use crate::sys::mount::clone_tree;
 use crate::sys::process::exit_now;
@@ -34,6 +35,30 @@ const SHELL: &str = "/bin/sh";
 /// Start a container and run a command in it.
 #[derive(Debug, clap::Args)]
 pub struct StartArgs {
+    #[command(flatten)]
+    options: StartOptions,
+    /// Name of a container, or squashfs file
+    #[arg(value_name = "NAME|IMAGE")]
+    target: OsString,
+    /// What to run
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
+}
+
+/// Start what a configuration script says (#ENROOT_ROOTFS NAME|IMAGE).
+#[derive(Debug, clap::Args)]
+pub struct BatchArgs {
+    /// Configuration script, as for start --conf
+    #[arg(value_name = "CONFIG")]
+    conf: PathBuf,
+    /// What to run
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
+}
+
+/// How a container is started.
+#[derive(Debug, Default, clap::Args)]
+pub struct StartOptions {
     /// Configuration script: bash, with functions rc, environ, mounts and hooks
     #[arg(short, long, value_name = "FILE")]
     conf: Option<PathBuf>,
@@ -64,45 +89,67 @@ pub struct StartArgs {
     /// Have a host name of its own
     #[arg(long)]
     uts: bool,
-    /// Name of a container, or squashfs file
-    #[arg(value_name = "NAME|IMAGE")]
-    target: OsString,
-    /// What to run
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
-    command: Vec<OsString>,
 }
 
 /// What is started.
-enum Target {
+#[derive(Debug)]
+pub enum Target {
+    /// A root filesystem.
     Unpacked(PathBuf),
-    Image(PathBuf),
+    /// A file, and where in it a squashfs image begins.
+    Image(PathBuf, u64),
 }
 
-/// Runs the command; its exit code is ours.
+/// Runs `start`; the command's exit code is ours.
 pub fn run(args: &StartArgs, context: &Context) -> Result<ExitCode, Error> {
     let target = find(&args.target, context)?;
+    start(&args.options, &target, &args.command, context).map(ExitCode::from)
+}
+
+/// Runs `batch`, likewise.
+pub fn batch(args: &BatchArgs, context: &Context) -> Result<ExitCode, Error> {
+    let settings = Script::load(&args.conf)?.settings(&context.environment, &context.identity)?;
+    let target = settings.iter().find(|(key, value)| key == "ENROOT_ROOTFS" && !value.is_empty());
+    let (_, target) =
+        target.ok_or_else(|| format!("{}: no line #ENROOT_ROOTFS says what to start", args.conf.display()))?;
+    let options = StartOptions { conf: Some(args.conf.clone()), ..StartOptions::default() };
+    start(&options, &find(target.as_ref(), context)?, &args.command, context).map(ExitCode::from)
+}
+
+/// Starts `command` in `target`. Returns if it runs in a child: with its exit code.
+pub fn start(args: &StartOptions, target: &Target, command: &[OsString], context: &Context) -> Result<u8, Error> {
     let script = args.conf.as_deref().map(Script::load).transpose()?;
     let mut environment = context.environment.clone();
-    for (key, value) in script.iter().flat_map(Script::settings) {
-        environment.set(key, value);
+    if let Some(script) = &script {
+        for (key, value) in script.settings(&context.environment, &context.identity)? {
+            environment.set(key, value);
+        }
     }
+    // What it says of a root filesystem is for "batch" only.
+    environment.remove("ENROOT_ROOTFS");
     let settings = settings::load(&context.config, &environment, &context.identity)?;
+    let runtime = Runtime::make(&settings.runtime_path(), &settings.temp_path()).map_err(|error| {
+        format!("cannot make a runtime directory: {} (ENROOT_RUNTIME_PATH)", crate::sys::reason(error))
+    })?;
+    // What the script's functions and the lines of mounts see.
+    let mut seen = settings.environment().clone();
+    seen.set("ENROOT_ROOTFS", overlay::attach_point(runtime.path()).as_os_str().as_bytes());
     let mut extras = Extras::default();
     let mut variables = Vec::new();
     let mut rc = None;
     if let Some(script) = &script {
-        variables.extend(lines_of(&script.output("environ", settings.environment())?));
-        let lines = script.output("mounts", settings.environment())?;
-        extras.fstab.extend(Fstab::parse(&lines, "mounts()", Some(&variable(settings.environment())))?);
-        extras.hooks = script.hooks(settings.environment())?;
-        rc = script.rc(settings.environment())?;
+        variables.extend(lines_of(&script.output("environ", &seen)?));
+        let lines = script.output("mounts", &seen)?;
+        extras.fstab.extend(Fstab::parse(&lines, "mounts()", Some(&variable(&seen)))?);
+        extras.hooks = script.hooks(&seen)?;
+        rc = script.rc(&seen)?;
     }
     for line in &args.mount {
         if line.contains([' ', '\t', '\n']) {
             return Err(format!("Invalid argument: {line}").into());
         }
         let line = line.replace(':', " ");
-        extras.fstab.extend(Fstab::parse(&line, "--mount", Some(&variable(settings.environment())))?);
+        extras.fstab.extend(Fstab::parse(&line, "--mount", Some(&variable(&seen)))?);
     }
     if let Some(path) = &args.rc {
         let missing = |error: io::Error| format!("{}: {}", crate::sys::reason(error), path.display());
@@ -112,9 +159,6 @@ pub fn run(args: &StartArgs, context: &Context) -> Result<ExitCode, Error> {
     apply(&mut named, &variables, &Environment::default());
     apply(&mut named, &args.env, &environment);
     let request = request(args, context, &named);
-    let runtime = Runtime::make(&settings.runtime_path(), &settings.temp_path()).map_err(|error| {
-        format!("cannot make a runtime directory: {} (ENROOT_RUNTIME_PATH)", crate::sys::reason(error))
-    })?;
     let sysconf = settings.sysconf_path().to_owned();
     let start = Start {
         request: &request,
@@ -132,8 +176,8 @@ pub fn run(args: &StartArgs, context: &Context) -> Result<ExitCode, Error> {
         leader: rustix::process::getpid().as_raw_nonzero().get(),
     };
     let process_namespace = args.pid || settings.unshare("pid");
-    let begin = || -> Result<ExitCode, Failure> {
-        let prepared = Prepared::new(&target)?;
+    let begin = || -> Result<u8, Failure> {
+        let prepared = Prepared::new(target)?;
         let alone = Alone::enter(&start, process_namespace)?;
         let go_on = || -> Result<Infallible, Failure> {
             alone.make_runtime()?;
@@ -144,7 +188,7 @@ pub fn run(args: &StartArgs, context: &Context) -> Result<ExitCode, Error> {
             }
             runtime.remove();
             drop(prepared);
-            Err(become_command(args, &ready, rc.as_deref()))
+            Err(become_command(command, &ready, rc.as_deref()))
         };
         if !process_namespace {
             match go_on()? {}
@@ -154,11 +198,11 @@ pub fn run(args: &StartArgs, context: &Context) -> Result<ExitCode, Error> {
             rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).map_err(Failure::line)?;
             exit_now(in_child(go_on, report).map_err(Failure::line)?.into())
         };
-        Ok(ExitCode::from(in_child(first, report).map_err(Failure::line)?))
+        in_child(first, report).map_err(Failure::line)
     };
     begin().or_else(|failure| {
         report(failure);
-        Ok(ExitCode::FAILURE)
+        Ok(1)
     })
 }
 
@@ -171,7 +215,7 @@ fn find(typed: &OsStr, context: &Context) -> Result<Target, Error> {
             Ok(path.canonicalize()?)
         };
         match open() {
-            Ok(path) => return Ok(Target::Image(path)),
+            Ok(path) => return Ok(Target::Image(path, 0)),
             // A container's name has no slash.
             Err(error) if typed.as_bytes().contains(&b'/') => {
                 return Err(format!("Invalid image format: {} ({error})", path.display()).into());
@@ -182,7 +226,7 @@ fn find(typed: &OsStr, context: &Context) -> Result<Target, Error> {
     Ok(Target::Unpacked(Known::new(context).find_unpacked(typed, "")?))
 }
 
-fn request(args: &StartArgs, context: &Context, named: &Environment) -> StepRequest {
+fn request(args: &StartOptions, context: &Context, named: &Environment) -> StepRequest {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let groups = nix::unistd::getgroups().unwrap_or_default();
     StepRequest {
@@ -237,7 +281,7 @@ impl Prepared {
             Target::Unpacked(path) => {
                 Ok(Self::Unpacked { path: path.clone(), _lock: furnishing::lock(path).map_err(Failure::line)? })
             }
-            Target::Image(path) => ImageServer::start(path).map(Self::Image),
+            Target::Image(path, start) => ImageServer::start(path, *start).map(Self::Image),
         }
     }
 
@@ -267,10 +311,10 @@ fn report(failure: Failure) {
 }
 
 /// Becomes the command. Returns why not.
-fn become_command(args: &StartArgs, ready: &Ready, rc: Option<&str>) -> Failure {
+fn become_command(command: &[OsString], ready: &Ready, rc: Option<&str>) -> Failure {
     let attempt = || -> Result<Infallible, Error> {
         let script;
-        let (program, mut words): (OsString, Vec<OsString>) = match (rc, &ready.entrypoint, args.command.first()) {
+        let (program, mut words): (OsString, Vec<OsString>) = match (rc, &ready.entrypoint, command.first()) {
             (Some(text), ..) => {
                 script = memfile::sealed("rc", text.as_bytes())?;
                 rustix::io::fcntl_setfd(&script, rustix::io::FdFlags::empty())?;
@@ -285,7 +329,7 @@ fn become_command(args: &StartArgs, ready: &Ready, rc: Option<&str>) -> Failure 
             }
             (None, _, None) => return Err("the image has no shell: say what to run".into()),
         };
-        words.extend(args.command.iter().cloned());
+        words.extend(command.iter().cloned());
         if ready.is_confined {
             rustix::thread::set_no_new_privs(true)?;
             fake_ownership().load()?;

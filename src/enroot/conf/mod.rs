@@ -239,6 +239,11 @@ impl EnrootConf {
         self.get(key).map_or_else(|| base().join("enroot"), PathBuf::from)
     }
 
+    /// What the files set.
+    pub fn defined(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.defined.iter().map(|(key, value)| (key.as_str(), value.as_str()))
+    }
+
     /// The process's environment, with the settings of the files in it and without switches that are off.
     pub fn environment(&self) -> &Environment {
         &self.environment

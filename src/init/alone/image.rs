@@ -28,8 +28,8 @@ pub struct ImageServer {
 
 impl ImageServer {
     /// Starts it, before the caller, which has one thread, is in namespaces of its own: what is in the mount namespace
-    /// with the file system keeps it alive.
-    pub fn start(path: &Path) -> Result<Self, Failure> {
+    /// with the file system keeps it alive. The image begins at byte `start` of the file.
+    pub fn start(path: &Path, start: u64) -> Result<Self, Failure> {
         let failed = |error: io::Error| {
             Failure::line(format!("Failed to mount: {}: {}", path.display(), crate::sys::reason(error)))
         };
@@ -44,7 +44,7 @@ impl ImageServer {
                     other => exit_now(i32::from(other.is_err())),
                 }
                 drop(channel);
-                exit_now(i32::from(serve(file, its_channel).is_err()))
+                exit_now(i32::from(serve(file, start, its_channel).is_err()))
             }
             Forked::Parent(child) => {
                 rustix::io::retry_on_intr(|| rustix::process::waitpid(Some(child), WaitOptions::empty()))
@@ -83,7 +83,7 @@ impl ImageServer {
 }
 
 /// The server's life.
-fn serve(file: File, channel: BrokerChannel) -> io::Result<()> {
+fn serve(file: File, start: u64, channel: BrokerChannel) -> io::Result<()> {
     // It lives as long as the mount: nobody hangs this pipe up.
     let (life, kept) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
     close_all_but(&[file.as_fd(), channel.as_fd(), life.as_fd(), kept.as_fd()])?;
@@ -98,7 +98,7 @@ fn serve(file: File, channel: BrokerChannel) -> io::Result<()> {
     let _ = rustix::process::setsid();
     block_all_signals();
     let _ = rustix::thread::set_name(c"pyxis-squashfs");
-    let served = crate::squashfuse::run(channel, vec![file.into(), life]);
+    let served = crate::squashfuse::run(channel, vec![file.into(), life], start);
     drop(kept);
     served
 }

@@ -31,11 +31,16 @@ impl Image {
     /// Opens the image in `file`, which need not have a name; reads only by position. Fails unless it is a whole squashfs
     /// image, as far as its superblock tells.
     pub fn open(file: std::fs::File) -> Result<Self, Error> {
+        Self::open_at(file, 0)
+    }
+
+    /// The same for an image that begins at byte `start` of the file.
+    pub fn open_at(file: std::fs::File, start: u64) -> Result<Self, Error> {
         use std::os::unix::fs::FileExt;
         let mut superblock = SuperBlock::new_zeroed();
         let mut read = 0;
         while let Some(rest) = superblock.as_mut_bytes().get_mut(read..).filter(|rest| !rest.is_empty()) {
-            match file.read_at(rest, read as u64)? {
+            match file.read_at(rest, start.saturating_add(read as u64))? {
                 0 => return Err(Error::NotSquashfs),
                 more => read += more,
             }
@@ -53,7 +58,7 @@ impl Image {
         if !BLOCK_LOG.contains(&log) || superblock.block_size.get() != 1 << log {
             return Err(Error::damaged("superblock", 12, "an impossible block size"));
         }
-        let (actual, expected) = (file.metadata()?.len(), superblock.bytes_used.get());
+        let (actual, expected) = (file.metadata()?.len().saturating_sub(start), superblock.bytes_used.get());
         if actual < expected {
             return Err(Error::Truncated { expected, actual });
         }
@@ -61,7 +66,7 @@ impl Image {
         if tables.iter().any(|table| table.get() >= expected) {
             return Err(Error::damaged("superblock", 48, "a table behind the end"));
         }
-        let blocks = Blocks::new(file, expected, Decompressor::new(compressor));
+        let blocks = Blocks::new(file, start, expected, Decompressor::new(compressor));
         let ids = read_ids(&blocks, &superblock)?;
         let data = Cache::new(CACHED_DATA >> log);
         let image = Self { superblock, compressor, blocks, ids, data };

@@ -17,6 +17,8 @@ const CACHED: usize = 1024;
 #[derive(Debug)]
 pub(super) struct Blocks {
     file: std::fs::File,
+    /// Where in the file the image begins.
+    start: u64,
     /// Bytes of the image: nothing behind them is read.
     pub size: u64,
     pub decompressor: Decompressor,
@@ -46,14 +48,14 @@ impl Position {
 }
 
 impl Blocks {
-    pub fn new(file: std::fs::File, size: u64, decompressor: Decompressor) -> Self {
-        Self { file, size, decompressor, metadata: Cache::new(CACHED) }
+    pub fn new(file: std::fs::File, start: u64, size: u64, decompressor: Decompressor) -> Self {
+        Self { file, start, size, decompressor, metadata: Cache::new(CACHED) }
     }
 
     /// Fills `to` from byte `at` of the image.
     pub fn read(&self, part: &'static str, at: u64, to: &mut [u8]) -> Result<(), Error> {
         match at.checked_add(to.len() as u64) {
-            Some(end) if end <= self.size => Ok(self.file.read_exact_at(to, at)?),
+            Some(end) if end <= self.size => Ok(self.file.read_exact_at(to, self.start.saturating_add(at))?),
             _ => Err(Error::damaged(part, at, "it reaches beyond the end")),
         }
     }
