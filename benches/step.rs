@@ -16,6 +16,8 @@ use serde_json::{Value, json};
 use testbed::install::Build;
 use testbed::{ClusterOptions, Running, Testbed, images, process, wait};
 
+/// Libraries of a device.
+const LIBRARIES: usize = 60;
 /// Rounds of each comparison.
 const ROUNDS: usize = 60;
 /// Unpacked size of the large image.
@@ -46,6 +48,7 @@ fn bench() -> Result<()> {
     println!("| --- | ---: | ---: | ---: | ---: | ---: | ---: |");
     steps(&bed)?;
     named(&bed)?;
+    devices(&bed)?;
     plugin_alone(&bed)?;
     runtimes(&bed)?;
     println!("\nMedians of {ROUNDS} alternating runs; CPU is the mean of the whole machine's, idle time left out.");
@@ -204,6 +207,48 @@ fn named(bed: &Testbed) -> Result<()> {
     ])?;
     running.write_stdin(b"")?;
     running.wait(wait::DEADLINE)?.success().map(drop)
+}
+
+/// A step in whose container the libraries of a GPU's driver appear, as many as NVIDIA's has with the capabilities
+/// `compute`, `utility` and `graphics`, against the same step without.
+fn devices(bed: &Testbed) -> Result<()> {
+    let directory = bed.site.path("etc/cdi");
+    fs::create_dir_all(&directory)?;
+    let target = "/usr/lib64";
+    let (mut mounts, mut links) = (Vec::new(), Vec::new());
+    for number in 0..LIBRARIES {
+        let name = format!("libdriver-{number}.so");
+        let file = directory.join(format!("{name}.550.54.15"));
+        fs::write(&file, "\x7fELF\x02")?;
+        mounts.push(json!({"hostPath": file, "containerPath": format!("{target}/{name}.550.54.15"),
+                           "options": ["ro", "nosuid", "nodev", "bind"]}));
+        links.extend(["--link".to_owned(), format!("{name}.550.54.15::{target}/{name}.1")]);
+    }
+    let hook =
+        |args: Vec<String>| json!({"hookName": "createContainer", "path": "/usr/bin/nvidia-cdi-hook", "args": args});
+    let words = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect::<Vec<_>>();
+    let hooks = [
+        hook([words(&["nvidia-cdi-hook", "create-symlinks"]), links].concat()),
+        hook(words(&["nvidia-cdi-hook", "update-ldcache", "--folder", target])),
+    ];
+    let specification = json!({"cdiVersion": "0.6.0", "kind": "bench.pyxis/gpu", "devices": [
+        {"name": "0", "containerEdits": {"mounts": mounts, "hooks": hooks, "deviceNodes": [{"path": "/dev/null"}]}}]});
+    fs::write(directory.join("gpu.json"), specification.to_string())?;
+    let settings = format!("[devices]\ncdi_directories = [{directory:?}]\n");
+    bed.pyxis.configure(&(testbed::install::hub_mirror(&bed.hub.host()) + &settings))?;
+    let allocation = Allocation::new(bed)?;
+    let contender = |name: &str, device: Option<&str>| {
+        let words = ["-n1", "--container-image=alpine"].into_iter().chain(device);
+        let (allocation, options) = (&allocation, words.map(str::to_owned).collect::<Vec<_>>());
+        Contender::new(name, move || allocation.step(&options))
+    };
+    compare(&mut [
+        contender("one without devices", None),
+        contender(
+            &format!("a step with {LIBRARIES} libraries of a device"),
+            Some("--container-device=bench.pyxis/gpu=0"),
+        ),
+    ])
 }
 
 /// A step without any option, with the plugin loaded and without.

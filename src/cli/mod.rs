@@ -1,6 +1,7 @@
 //! The `pyxis` executable: subcommands that people type, and the internal roles, which are started under names of their
 //! own so that they stay off the path through the command-line parser. Called `enroot`, it is enroot.
 
+mod devices;
 mod doctor;
 mod enroot;
 pub mod gc;
@@ -61,6 +62,8 @@ enum Command {
     Run(run::RunArgs),
     /// Check this node: kernel, store, accounts, registries
     Doctor(doctor::DoctorArgs),
+    /// Show the devices of this node, and what of them a container would get
+    Devices(devices::DevicesArgs),
     /// Remove layers that no job uses from the store
     Gc(gc::GcArgs),
     #[command(flatten)]
@@ -106,6 +109,7 @@ fn typed() -> ExitCode {
     let result = match arguments.command {
         Command::Run(run) => run::run(&run, &arguments.config),
         Command::Doctor(doctor) => doctor::run(&doctor, &arguments.config),
+        Command::Devices(devices) => devices::run(&devices, &arguments.config),
         Command::Gc(gc) => collect(&gc, &arguments.config),
         Command::Enroot(command) => return enroot::run(command, &arguments.config, enroot::CalledAs::Pyxis),
     };

@@ -20,7 +20,7 @@ pub const CASES: &[Case] = &[
 ];
 
 /// Runs `test` with these files in the nodes' directories of specifications, and `more` in the section `[devices]`.
-fn with_files(
+pub fn with_files(
     world: &mut World,
     files: &[(&str, String)],
     more: &str,

@@ -15,6 +15,7 @@ mod environment;
 mod identity;
 mod images;
 mod importer;
+mod injected;
 mod jobs;
 mod kept;
 mod layouts;
@@ -87,6 +88,7 @@ fn main() -> ExitCode {
         ("devices", devices::CASES),
         ("cdi", cdi::CASES),
         ("nvidia", nvidia::CASES),
+        ("injected", injected::CASES),
         ("entrypoint", entrypoint::CASES),
         ("save", save::CASES),
         ("lifecycle", lifecycle::CASES),
