@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tempfile
 
 PROGRAMS = ["bash", "cat", "env", "ls", "grep", "readlink", "sort", "stat", "true", "ldconfig", "ldconfig.real", "id", "mount"]
 DRIVER = re.compile(r"nvidia|libcuda\.so|/cuda")
@@ -58,6 +59,20 @@ def files():
     return found
 
 
+def linker_cache(found):
+    """The linker's cache of these files."""
+    with tempfile.TemporaryDirectory() as root:
+        for name, path in found.items():
+            if ".so" in name:
+                os.makedirs(os.path.dirname(root + name), exist_ok=True)
+                shutil.copy(path, root + name)
+        os.makedirs(root + "/etc")
+        os.symlink("usr/lib", root + "/lib")
+        subprocess.run(["ldconfig", "-X", "-r", root, "/usr/lib/" + sysconfig.get_config_var("MULTIARCH")], check=True)
+        with open(root + "/etc/ld.so.cache", "rb") as file:
+            return file.read()
+
+
 def layer():
     """The image's one layer, an uncompressed tar archive."""
     data = io.BytesIO()
@@ -76,7 +91,9 @@ def layer():
         # The library directory of the driver's files goes by this.
         add("etc/debian_version", content=b"gpu test\n", mode=0o644)
         add("etc/ld.so.conf", content=b"/usr/lib/x86_64-linux-gnu\n", mode=0o644)
-        for name, path in sorted(files().items()):
+        found = files()
+        add("etc/ld.so.cache", content=linker_cache(found), mode=0o644)
+        for name, path in sorted(found.items()):
             with open(path, "rb") as file:
                 add(name, content=file.read())
     return data.getvalue()
