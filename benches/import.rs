@@ -125,10 +125,10 @@ fn run_import(registry: &Registry, directory: &Path) -> Result<Run> {
         }
     };
     let mut registries = RegistryConfig::default();
-    registries.registry.insert(registry.host(), RegistryEntry { insecure: true, mirrors: vec![] });
+    registries.registry.insert(registry.host(), RegistryEntry { insecure: true, ..RegistryEntry::default() });
     let limits = ImportLimits { max_layer_bytes: 1 << 40, max_layer_entries: 10_000_000, max_connections: LAYERS };
     let reference = ImageReference::parse(&format!("{}/{REPOSITORY}", registry.host()))?;
-    broker.send(&protocol::Command::Resolve { reference, registries, limits }, &[])?;
+    broker.send(&protocol::Command::Resolve { reference, registries, site_files: vec![], limits }, &[])?;
     let Report::Resolved { layers, .. } = next()? else { bail!("out of turn") };
     let mut run = Run { layers, ..Run::default() };
     let files: Vec<File> = run.layers.iter().map(|_| unnamed(directory)).collect::<Result<_>>()?;

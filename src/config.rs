@@ -15,6 +15,8 @@ use crate::importer::protocol::ImportLimits;
 use crate::policy::Policy;
 use crate::registry::config::NetworkConfig;
 pub use crate::registry::config::{RegistryConfig, RegistryEntry};
+use crate::registry::containers::Registries;
+use crate::registry::names::ShortNames;
 use crate::request::PullPolicy;
 use crate::store::Watermarks;
 
@@ -45,12 +47,25 @@ pub struct Config {
     pub devices: DeviceSettings,
     /// What is logged.
     pub log: LogSettings,
-    /// Registries by name.
+    /// Registries by how image names begin.
     pub registry: BTreeMap<String, RegistryEntry>,
+    /// What image names without a registry mean.
+    pub short_names: ShortNames,
+    /// More about both, in podman's form.
+    pub registries: RegistriesConf,
     /// Bounds on waiting for registries.
     pub network: NetworkConfig,
     /// Which images may be used, and by whom.
     pub policy: Policy,
+}
+
+/// `[registries]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RegistriesConf {
+    /// `conf`: a file in podman's form, `/etc/containers/registries.conf`, to be read with the files of `CONF.d`. What is
+    /// said here goes first.
+    pub conf: Option<PathBuf>,
 }
 
 /// `[store]`.
@@ -302,7 +317,7 @@ impl Config {
     /// Reads `path`; a file that does not exist leaves every default.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         match std::fs::read_to_string(path) {
-            Ok(text) => Self::parse(&text, path),
+            Ok(text) => Self::parse(&text, path)?.with_registries_conf(),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
             Err(source) => Err(ConfigError::Read { path: path.to_owned(), source }),
         }
@@ -347,9 +362,37 @@ impl Config {
         Ok(config)
     }
 
+    /// The same with what the site's `registries.conf` says.
+    fn with_registries_conf(mut self) -> Result<Self, ConfigError> {
+        let Some(conf) = &self.registries.conf else { return Ok(self) };
+        let mut found = Registries::default();
+        for path in [conf.clone()].into_iter().chain(drop_ins(conf)) {
+            let text =
+                std::fs::read_to_string(&path).map_err(|source| ConfigError::Read { path: path.clone(), source })?;
+            found.add(&text).map_err(|message| ConfigError::Value { path, message })?;
+        }
+        let path = conf.clone();
+        for (name, entry) in found.registry {
+            self.registry.entry(name).or_insert(entry);
+        }
+        if self.short_names.search.is_empty() {
+            self.short_names.search = found.short_names.search;
+        }
+        for (name, target) in found.short_names.aliases {
+            self.short_names.aliases.entry(name).or_insert(target);
+        }
+        let checked = self.registries().check();
+        checked.map_err(|error| ConfigError::Value { path, message: error.to_string() }).map(|()| self)
+    }
+
     /// How registries are reached.
     pub fn registries(&self) -> RegistryConfig {
-        RegistryConfig { registry: self.registry.clone(), network: self.network }
+        RegistryConfig {
+            registry: self.registry.clone(),
+            network: self.network,
+            short_names: self.short_names.clone(),
+            ..RegistryConfig::default()
+        }
     }
 
     /// What an import has to know.
@@ -372,6 +415,18 @@ impl Config {
             ..ImportSettings::default()
         }
     }
+}
+
+/// The files of `CONF.d`, in order.
+fn drop_ins(conf: &Path) -> Vec<PathBuf> {
+    let mut directory = conf.as_os_str().to_owned();
+    directory.push(".d");
+    // Most sites have none.
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
+    files.retain(|path| path.extension().is_some_and(|extension| extension == "conf"));
+    files.sort();
+    files
 }
 
 #[cfg(test)]
@@ -401,6 +456,31 @@ mod tests {
     }
 
     #[test]
+    fn a_registries_conf_is_read_where_the_site_says_so() {
+        let directory = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let path = directory.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let table = |name: &str, more: &str| format!("[[registry]]\nprefix = \"{name}\"\n{more}\n");
+        let conf = write("r.conf", &(table("a.io", "blocked = true") + &table("b.io", "blocked = true")));
+        write("r.conf.d/01.conf", "unqualified-search-registries = [\"quay.io\"]\n[aliases]\nx = \"y.io/x\"\n");
+        write("r.conf.d/02.conf", &table("b.io", "insecure = true"));
+        write("r.conf.d/README", "no TOML");
+        let text = format!("[registries]\nconf = \"{}\"\n[registry.\"a.io\"]\ninsecure = true\n", conf.display());
+        let own = write("pyxis.toml", &text);
+        let registries = Config::load(&own).unwrap().registries();
+        assert!(!registries.registry["a.io"].blocked && !registries.registry["b.io"].blocked);
+        assert_eq!(registries.short_names.search, ["quay.io"]);
+        assert_eq!(registries.short_names.aliases["x"], "y.io/x");
+        write("r.conf.d/03.conf", "x");
+        let error = Config::load(&own).unwrap_err().to_string();
+        assert!(error.contains("r.conf.d/03.conf: line 1: "), "{error}");
+    }
+
+    #[test]
     fn the_shipped_file_is_valid_and_states_the_defaults() {
         let text = include_str!("../packaging/pyxis.toml");
         assert_eq!(parse(text).unwrap(), Config::default());
@@ -422,5 +502,6 @@ mod tests {
         assert_eq!(devices, DeviceSettings::default());
         assert_eq!(enabled.progress, ProgressSettings::default());
         assert!(enabled.registry.contains_key("docker.io"));
+        assert_eq!(enabled.short_names.search, ["docker.io"]);
     }
 }

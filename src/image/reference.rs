@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
+use std::hash::{Hash, Hasher};
 
 use serde::{Deserialize, Serialize};
 
@@ -18,8 +19,8 @@ pub const DOCKER_HUB: &str = "registry-1.docker.io";
 /// Most bytes of a reference. The longest that registries accept (host 253, repository 255, tag 128, digest 71) fits.
 const MAX_LENGTH: usize = 1024;
 
-/// An image in a registry: where it is and which one it is.
-#[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+/// An image in a registry: where it is and which one it is. Two are equal if they name the same image, however short.
+#[derive(Clone, Eq, Serialize, Deserialize)]
 pub struct ImageReference {
     /// `USER@`: whose credentials to use; `USER:PASSWORD` also gives the password.
     pub user: Option<String>,
@@ -29,6 +30,9 @@ pub struct ImageReference {
     pub repository: String,
     /// Tag (`latest` if none was given), or the text of a digest.
     pub tag_or_digest: String,
+    /// No registry was named: Docker Hub is meant, unless the administrator's short names say otherwise.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_short: bool,
 }
 
 /// Why a text is no usable image reference. The text is shortened and its control characters are escaped.
@@ -88,6 +92,7 @@ impl ImageReference {
     }
 
     fn assemble(user: Option<&str>, registry: Option<&str>, image: &str, tag: &str) -> Self {
+        let is_short = registry.is_none();
         let registry = registry.unwrap_or(DOCKER_HUB);
         let hub = is_docker_hub(registry);
         // `docker.io#/ubuntu` names no namespace either.
@@ -97,6 +102,7 @@ impl ImageReference {
             registry: if hub { DOCKER_HUB } else { registry }.to_owned(),
             repository: official.map_or_else(|| image.to_owned(), |name| format!("library/{name}")),
             tag_or_digest: tag.to_owned(),
+            is_short,
         }
     }
 
@@ -153,6 +159,24 @@ impl fmt::Display for ImageReference {
         let separator = if self.tag_or_digest.starts_with("sha256:") { '@' } else { ':' };
         let slash = if registry.contains(['.', ':']) { '/' } else { '#' };
         write!(f, "{registry}{slash}{}{separator}{}", self.repository_path(), self.tag_or_digest)
+    }
+}
+
+impl ImageReference {
+    fn parts(&self) -> (&Option<String>, &str, &str, &str) {
+        (&self.user, &self.registry, &self.repository, &self.tag_or_digest)
+    }
+}
+
+impl PartialEq for ImageReference {
+    fn eq(&self, other: &Self) -> bool {
+        self.parts() == other.parts()
+    }
+}
+
+impl Hash for ImageReference {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.parts().hash(state);
     }
 }
 

@@ -60,6 +60,7 @@ fn kind(error: &RegistryError) -> FailureKind {
         | Error::UserUnknown { .. }
         | Error::CredentialsRefused { .. }
         | Error::Forbidden { .. }
+        | Error::Blocked { .. }
         | Error::Challenge { .. } => FailureKind::Denied,
         Error::Transport(_) | Error::TooManyRequests { .. } | Error::Status { .. } | Error::Redirect { .. } => {
             FailureKind::Unavailable

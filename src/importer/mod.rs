@@ -35,7 +35,7 @@ use crate::import::{Converted, LayerError, LayerLimits, write_squashfs};
 use crate::registry::TROUBLE;
 use crate::registry::client::Client;
 use crate::registry::credentials::remote::{Asker, RemoteKeys};
-use crate::registry::credentials::{SharedKeyring, no_keys};
+use crate::registry::credentials::{Keyrings, SharedKeyring, no_keys};
 use crate::registry::resolve::resolve;
 use crate::squashfs;
 use crate::sys::channel::Channel;
@@ -208,11 +208,16 @@ fn worker_count(most: usize) -> usize {
 fn find(start: Start, channel: &BrokerChannel) -> Result<Image, Failure> {
     let mut descriptors = start.descriptors.into_iter();
     let (image, report, config) = match start.command {
-        Command::Resolve { reference, registries, limits } => {
-            let keyring: SharedKeyring = match descriptors.next() {
+        Command::Resolve { reference, mut registries, site_files, limits } => {
+            let user: SharedKeyring = match descriptors.next() {
                 Some(channel) => Arc::new(RemoteKeys::new(Asker::from(channel))),
                 None => no_keys(),
             };
+            let files = std::iter::zip(site_files, descriptors.by_ref().map(File::from));
+            let site = registries.read_site_files(files).map_err(|(path, error)| {
+                Failure::local(format!("cannot read {}: {}", path.display(), crate::sys::reason(error)))
+            })?;
+            let keyring: SharedKeyring = Arc::new(Keyrings(vec![user, Arc::new(site)]));
             let found = resolve(&reference, &registries, &keyring, &Platform::host())?;
             let layers: Vec<LayerDescriptor> = std::iter::zip(&found.manifest.layers, &found.config.diff_ids)
                 .map(|(layer, diff_id)| LayerDescriptor { blob: layer.digest, diff_id: *diff_id, size: layer.size })

@@ -1,7 +1,7 @@
 //! What broker and importer say to each other, over one [`Channel`](crate::sys::channel::Channel).
 //!
 //! ```text
-//! broker → Resolve (+ a channel to who looks for the user's credentials)
+//! broker → Resolve (+ a channel to who looks for the user's credentials, + files of the site's)
 //!          importer → Resolved (+ memory file with the image config)      or Failed
 //! broker → Open (+ what the source reader opened)                          instead, for an image on this machine
 //!          importer → Resolved (+ memory file with the image config)      or Failed
@@ -24,19 +24,22 @@ use serde::{Deserialize, Serialize};
 use crate::config::RegistryConfig;
 use crate::image::digest::Digest;
 use crate::image::reference::ImageReference;
+use crate::registry::site::SiteFile;
 use crate::request::LocalForm;
 use crate::source::SourceForm;
 
 /// From the broker to the importer.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Command {
-    /// Find the image. One descriptor: a channel on which to ask for credentials
-    /// ([`Asker`](crate::registry::credentials::remote::Asker)).
+    /// Find the image. Descriptors: a channel on which to ask for credentials
+    /// ([`Asker`](crate::registry::credentials::remote::Asker)), and each of `site_files`.
     Resolve {
         /// The image the user asked for.
         reference: ImageReference,
         /// Mirrors, plain HTTP, timeouts.
         registries: RegistryConfig,
+        /// Files of the site's for the image's registry and its mirrors.
+        site_files: Vec<SiteFile>,
         /// Bounds of one layer.
         limits: ImportLimits,
     },

@@ -435,10 +435,17 @@ fn announce(credential: Option<&Credential>) {
 #[cfg(test)]
 mod tests {
     use super::super::credentials::no_keys;
+    use super::super::site::Access;
     use super::*;
 
     fn authenticator(insecure: bool) -> Authenticator {
-        let endpoint = Endpoint { host: "reg.io".into(), repository: "a/b".into(), insecure, mirror: false };
+        let endpoint = Endpoint {
+            host: "reg.io".into(),
+            repository: "a/b".into(),
+            insecure,
+            mirror: false,
+            access: Access::default(),
+        };
         Authenticator::new(endpoint, no_keys(), None)
     }
 

@@ -65,7 +65,8 @@ impl Client {
     /// A client that presents to `endpoint` what `keyring` has for it, of `user` if one is named.
     pub fn new(endpoint: Endpoint, network: NetworkConfig, keyring: SharedKeyring, user: Option<String>) -> Self {
         let auth = Authenticator::new(endpoint.clone(), keyring, user);
-        Self { http: Http::new(network), endpoint, auth, network, extra: Extra::default() }
+        let http = Http::new(network, &endpoint.host, endpoint.access.clone());
+        Self { http, endpoint, auth, network, extra: Extra::default() }
     }
 
     /// Where this client asks.

@@ -4,6 +4,9 @@
 //! [registry."docker.io"]
 //! mirrors = [{ location = "mirror.example:5000", insecure = true }]
 //!
+//! [registry."example.com/team"]
+//! location = "internal.example/team"
+//!
 //! [registry."localhost:5000"]
 //! insecure = true
 //!
@@ -11,24 +14,34 @@
 //! connect_timeout = 10
 //! ```
 //!
-//! In the spirit of `containers-registries.conf`(5): mirrors are tried in order, then the registry itself.
+//! In the spirit of `containers-registries.conf`(5): a table is about all images whose names begin with its own, and of
+//! several the longest counts. Mirrors are tried in order, then the registry itself.
 
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::names::ShortNames;
+use super::site::Access;
 use crate::image::reference::{ImageReference, is_docker_hub, is_host};
 
 /// How registries are reached.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RegistryConfig {
-    /// Registries by the name that stands in image references, `docker.io` or `HOST[:PORT]`.
+    /// Registries by how image references begin: `docker.io`, `HOST[:PORT][/PATH]` or `*.DOMAIN`.
     pub registry: BTreeMap<String, RegistryEntry>,
     /// Bounds on waiting.
     pub network: NetworkConfig,
+    /// What names without a registry mean. Not for the importer, which is told the whole name.
+    #[serde(skip)]
+    pub short_names: ShortNames,
+    /// What the site's files say, by `HOST[:PORT]`: read by whoever is going to use it.
+    #[serde(skip)]
+    pub access: BTreeMap<String, Access>,
 }
 
 /// One registry.
@@ -37,8 +50,23 @@ pub struct RegistryConfig {
 pub struct RegistryEntry {
     /// Plain HTTP instead of HTTPS: whoever is on the way can read and change what is sent, passwords included.
     pub insecure: bool,
+    /// Where its images are instead: `HOST[:PORT][/PATH]`, in place of the table's name.
+    pub location: Option<String>,
+    /// Its images are refused.
+    pub blocked: bool,
     /// Where its images are looked for first, in this order.
     pub mirrors: Vec<Mirror>,
+    /// Certificates (PEM) of authorities to trust besides the node's own.
+    pub ca: Option<PathBuf>,
+    /// A certificate (PEM) to show who asks, and its key.
+    pub client_certificate: Option<PathBuf>,
+    /// The key (PEM), readable by root alone.
+    pub client_key: Option<PathBuf>,
+    /// A file like Docker's `config.json` or enroot's `.credentials`, readable by root alone, for users who have no
+    /// credentials of their own.
+    pub credentials: Option<PathBuf>,
+    /// A program like Docker's credential helpers, run as the user.
+    pub credential_helper: Option<PathBuf>,
 }
 
 /// A place that holds a registry's images.
@@ -50,6 +78,22 @@ pub struct Mirror {
     /// Plain HTTP instead of HTTPS.
     #[serde(default)]
     pub insecure: bool,
+    /// Which images it is asked for.
+    #[serde(default)]
+    pub pull_from_mirror: PullFromMirror,
+}
+
+/// Which images a mirror is asked for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PullFromMirror {
+    /// All.
+    #[default]
+    All,
+    /// Those that are named by digest, which the mirror cannot change.
+    DigestOnly,
+    /// Those that are named by tag.
+    TagOnly,
 }
 
 /// Bounds on waiting for a registry.
@@ -79,7 +123,9 @@ impl Default for NetworkConfig {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidRegistry {
     /// A table's name.
-    #[error("registry.\"{0}\": expected HOST or HOST:PORT as it stands in image names, such as \"docker.io\"")]
+    #[error(
+        "registry.\"{0}\": expected HOST[:PORT][/PATH] as it stands in image names, such as \"docker.io\", or *.DOMAIN"
+    )]
     Name(String),
     /// A mirror's location.
     #[error("registry.\"{registry}\": mirror location \"{location}\": expected HOST[:PORT][/PATH] without https://")]
@@ -89,6 +135,30 @@ pub enum InvalidRegistry {
         /// The mirror's location.
         location: String,
     },
+    /// The location of a registry.
+    #[error("registry.\"{registry}\": location \"{location}\": expected HOST[:PORT][/PATH] without https://")]
+    Elsewhere {
+        /// The registry.
+        registry: String,
+        /// Its location.
+        location: String,
+    },
+    /// A path.
+    #[error("registry.\"{registry}\": {key}: must be an absolute path: {}", .path.display())]
+    Path {
+        /// The registry.
+        registry: String,
+        /// Which key.
+        key: &'static str,
+        /// What it says.
+        path: PathBuf,
+    },
+    /// Half of what proves who asks.
+    #[error("registry.\"{0}\": client_certificate and client_key go together")]
+    Half(String),
+    /// A short name.
+    #[error("short_names: {0}")]
+    ShortName(String),
     /// A number that is 0.
     #[error("network.{0}: must be at least 1")]
     Zero(&'static str),
@@ -105,6 +175,8 @@ pub struct Endpoint {
     pub insecure: bool,
     /// Not the registry that the user named: `USER@` does not concern it.
     pub mirror: bool,
+    /// What the site has for it.
+    pub access: Access,
 }
 
 impl Endpoint {
@@ -118,13 +190,9 @@ impl RegistryConfig {
     /// Whether every name, location and number can be used.
     pub fn check(&self) -> Result<(), InvalidRegistry> {
         for (name, entry) in &self.registry {
-            if !is_host(name) {
-                return Err(InvalidRegistry::Name(name.clone()));
-            }
-            if let Some(mirror) = entry.mirrors.iter().find(|mirror| mirror.split().is_none()) {
-                return Err(InvalidRegistry::Location { registry: name.clone(), location: mirror.location.clone() });
-            }
+            entry.check(name)?;
         }
+        self.short_names.check().map_err(InvalidRegistry::ShortName)?;
         let network = &self.network;
         for (name, value) in [
             ("connect_timeout", network.connect_timeout),
@@ -141,58 +209,160 @@ impl RegistryConfig {
 
     /// Plain HTTP for the registry that `reference` names.
     pub fn allow_http(&mut self, reference: &ImageReference) {
-        match self.registry.iter_mut().find(|(name, _)| is_registry_of(name, reference)) {
-            Some((_, entry)) => entry.insecure = true,
-            None => {
-                let entry = RegistryEntry { insecure: true, ..RegistryEntry::default() };
-                self.registry.insert(reference.registry.clone(), entry);
-            }
+        let own =
+            self.registry.iter_mut().filter(|(name, _)| is_registry(split(name).0, &reference.registry).is_some());
+        let mut known = false;
+        for (name, entry) in own {
+            entry.insecure = true;
+            known |= !name.contains('/');
+        }
+        if !known {
+            let entry = RegistryEntry { insecure: true, ..RegistryEntry::default() };
+            self.registry.insert(reference.registry.clone(), entry);
         }
     }
 
-    fn entry(&self, reference: &ImageReference) -> Option<&RegistryEntry> {
-        self.registry.iter().find(|(name, _)| is_registry_of(name, reference)).map(|(_, entry)| entry)
+    /// The table about `reference`, its name, and what of the repository is behind it.
+    fn entry<'c>(&'c self, reference: &'c ImageReference) -> Option<(&'c str, &'c RegistryEntry, &'c str)> {
+        let repository = reference.repository_path();
+        let fitting = self.registry.iter().filter_map(|(name, entry)| {
+            let (host, path) = split(name);
+            let rest = below(repository, path)?;
+            Some(((path.len(), is_registry(host, &reference.registry)?), (name.as_str(), entry, rest)))
+        });
+        fitting.max_by_key(|(rank, _)| *rank).map(|(_, entry)| entry)
+    }
+
+    /// The table whose name is `host`.
+    pub(super) fn of_host(&self, host: &str) -> Option<(&str, &RegistryEntry)> {
+        self.registry
+            .iter()
+            .find(|(name, _)| name.as_str() == host || (is_docker_hub(name) && is_docker_hub(host)))
+            .map(|(name, entry)| (name.as_str(), entry))
+    }
+
+    /// The same without what is about other images.
+    pub fn only_for(&self, reference: &ImageReference) -> Self {
+        let own = self.entry(reference).map(|(name, entry, _)| (name.to_owned(), entry.clone()));
+        let endpoints = self.endpoints(reference);
+        let others = endpoints.iter().filter_map(|endpoint| self.of_host(&endpoint.host));
+        let registry = others.map(|(name, entry)| (name.to_owned(), entry.clone())).chain(own).collect();
+        Self { registry, network: self.network, ..Self::default() }
+    }
+
+    /// Which table says that `reference` is refused.
+    pub fn blocked(&self, reference: &ImageReference) -> Option<String> {
+        self.entry(reference).filter(|(_, entry, _)| entry.blocked).map(|(name, ..)| name.to_owned())
+    }
+
+    fn at(&self, location: &str, rest: &str, insecure: bool, mirror: bool) -> Option<Endpoint> {
+        let (host, path) = location_parts(location)?;
+        let repository = [path, rest].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("/");
+        let access = self.access.get(host).cloned().unwrap_or_default();
+        Some(Endpoint { host: host.to_owned(), repository, insecure, mirror, access })
     }
 
     /// The mirrors to ask for `reference`, in order, before the registry itself.
     pub fn mirrors(&self, reference: &ImageReference) -> Vec<Endpoint> {
-        let repository = reference.repository_path();
-        let endpoint = |mirror: &Mirror| {
-            let (host, path) = mirror.split()?;
-            let repository = if path.is_empty() { repository.to_owned() } else { format!("{path}/{repository}") };
-            Some(Endpoint { host: host.to_owned(), repository, insecure: mirror.insecure, mirror: true })
-        };
-        self.entry(reference).into_iter().flat_map(|entry| &entry.mirrors).filter_map(endpoint).collect()
+        let Some((_, entry, rest)) = self.entry(reference) else { return Vec::new() };
+        let has_digest = reference.digest().is_some();
+        let asked = entry.mirrors.iter().filter(|mirror| match mirror.pull_from_mirror {
+            PullFromMirror::All => true,
+            PullFromMirror::DigestOnly => has_digest,
+            PullFromMirror::TagOnly => !has_digest,
+        });
+        asked.filter_map(|mirror| self.at(&mirror.location, rest, mirror.insecure, true)).collect()
     }
 
-    /// The registry that `reference` names.
+    /// The registry that `reference` names, or what is in its place.
     pub fn upstream(&self, reference: &ImageReference) -> Endpoint {
-        Endpoint {
+        let entry = self.entry(reference);
+        let insecure = entry.is_some_and(|(_, entry, _)| entry.insecure);
+        let moved = entry.and_then(|(_, entry, rest)| self.at(entry.location.as_deref()?, rest, insecure, false));
+        moved.unwrap_or_else(|| Endpoint {
             host: reference.registry.clone(),
             repository: reference.repository_path().to_owned(),
-            insecure: self.entry(reference).is_some_and(|entry| entry.insecure),
+            insecure,
             mirror: false,
+            access: self.access.get(&reference.registry).cloned().unwrap_or_default(),
+        })
+    }
+
+    /// All of them.
+    pub fn endpoints(&self, reference: &ImageReference) -> Vec<Endpoint> {
+        let mut endpoints = self.mirrors(reference);
+        endpoints.push(self.upstream(reference));
+        endpoints
+    }
+}
+
+impl RegistryEntry {
+    fn check(&self, name: &str) -> Result<(), InvalidRegistry> {
+        let (host, path) = split(name);
+        let host = host.strip_prefix("*.").unwrap_or(host);
+        if !is_host(host) || !is_path(path) || (name.starts_with("*.") && self.location.is_some()) {
+            return Err(InvalidRegistry::Name(name.to_owned()));
         }
+        if let Some(location) = self.location.as_ref().filter(|location| location_parts(location).is_none()) {
+            let (registry, location) = (name.to_owned(), location.clone());
+            return Err(InvalidRegistry::Elsewhere { registry, location });
+        }
+        if let Some(mirror) = self.mirrors.iter().find(|mirror| location_parts(&mirror.location).is_none()) {
+            let (registry, location) = (name.to_owned(), mirror.location.clone());
+            return Err(InvalidRegistry::Location { registry, location });
+        }
+        let paths = [
+            ("ca", &self.ca),
+            ("client_certificate", &self.client_certificate),
+            ("client_key", &self.client_key),
+            ("credentials", &self.credentials),
+            ("credential_helper", &self.credential_helper),
+        ];
+        for (key, path) in paths {
+            if let Some(path) = path.as_ref().filter(|path| !path.is_absolute()) {
+                return Err(InvalidRegistry::Path { registry: name.to_owned(), key, path: path.clone() });
+            }
+        }
+        if self.client_certificate.is_some() != self.client_key.is_some() {
+            return Err(InvalidRegistry::Half(name.to_owned()));
+        }
+        Ok(())
     }
 }
 
-/// Whether a table called `name` is about the registry of `reference`: Docker Hub has several names.
-fn is_registry_of(name: &str, reference: &ImageReference) -> bool {
-    name == reference.registry || (is_docker_hub(name) && is_docker_hub(&reference.registry))
+/// Host and path.
+fn split(name: &str) -> (&str, &str) {
+    let (host, path) = name.split_once('/').unwrap_or((name, ""));
+    (host, path.strip_suffix('/').unwrap_or(path))
 }
 
-impl Mirror {
-    /// Host and path of the location, if it is well-formed.
-    fn split(&self) -> Option<(&str, &str)> {
-        let (host, path) = self.location.split_once('/').unwrap_or((&self.location, ""));
-        let path = path.strip_suffix('/').unwrap_or(path);
-        let is_path = path.is_empty()
-            || path.split('/').all(|part| {
-                part.bytes().any(|byte| byte.is_ascii_alphanumeric())
-                    && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
-            });
-        (is_host(host) && is_path).then_some((host, path))
+/// What of `repository` is behind `path`, if it is below it.
+fn below<'r>(repository: &'r str, path: &str) -> Option<&'r str> {
+    let rest = repository.strip_prefix(path)?;
+    if path.is_empty() || rest.is_empty() { Some(rest) } else { rest.strip_prefix('/') }
+}
+
+/// Whether a table about `host` is about `registry`: how well its name says so. Docker Hub has several names.
+fn is_registry(host: &str, registry: &str) -> Option<usize> {
+    if host == registry || (is_docker_hub(host) && is_docker_hub(registry)) {
+        return Some(usize::MAX);
     }
+    let domain = host.strip_prefix('*')?;
+    registry.ends_with(domain).then_some(domain.len())
+}
+
+/// Host and path of a location, if it is well-formed.
+fn location_parts(location: &str) -> Option<(&str, &str)> {
+    let (host, path) = split(location);
+    (is_host(host) && is_path(path)).then_some((host, path))
+}
+
+fn is_path(path: &str) -> bool {
+    path.is_empty()
+        || path.split('/').all(|part| {
+            part.bytes().any(|byte| byte.is_ascii_alphanumeric())
+                && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
+        })
 }
 
 #[cfg(test)]
@@ -236,12 +406,56 @@ mod tests {
     }
 
     #[test]
+    fn the_longest_name_counts_and_its_location_takes_its_place() {
+        let config = parse(
+            r#"
+            [registry."example.com"]
+            mirrors = [{ location = "all.example" }]
+            [registry."example.com/team"]
+            location = "internal.example/t"
+            mirrors = [
+                { location = "by-digest.example", pull_from_mirror = "digest-only" },
+                { location = "by-tag.example/x", pull_from_mirror = "tag-only" },
+            ]
+            [registry."example.com/team/one"]
+            location = "other.example/alone"
+            [registry."*.corp.example"]
+            insecure = true
+            [registry."*.secret.corp.example"]
+            blocked = true
+            "#,
+        );
+        config.check().unwrap();
+        let at = |typed: &str| endpoints(&config, typed).into_iter().map(|(at, _)| at).collect::<Vec<_>>();
+        assert_eq!(at("example.com/x/y"), ["all.example/x/y", "example.com/x/y"]);
+        assert_eq!(at("example.com/teams/y"), ["all.example/teams/y", "example.com/teams/y"]);
+        assert_eq!(at("example.com/team/y"), ["by-tag.example/x/y", "internal.example/t/y"]);
+        let digest = format!("example.com/team/y@sha256:{}", "0".repeat(64));
+        assert_eq!(at(&digest), ["by-digest.example/y", "internal.example/t/y"]);
+        assert_eq!(at("example.com/team/one"), ["other.example/alone"]);
+        assert_eq!(endpoints(&config, "a.corp.example/x"), [("a.corp.example/x".to_owned(), true)]);
+        let blocked = |typed: &str| config.blocked(&ImageReference::parse(typed).unwrap());
+        assert_eq!(blocked("a.secret.corp.example/x").as_deref(), Some("*.secret.corp.example"));
+        assert_eq!(blocked("a.corp.example/x"), None);
+        // The importer is told what it needs.
+        let reference = ImageReference::parse("example.com/team/y").unwrap();
+        let own = config.only_for(&reference);
+        assert_eq!(own.registry.keys().collect::<Vec<_>>(), ["example.com/team"]);
+        assert_eq!(own.endpoints(&reference), config.endpoints(&reference));
+    }
+
+    #[test]
     fn nonsense_is_named() {
         for (text, message) in [
             ("[registry.\"https://x\"]", "registry.\"https://x\""),
             ("[registry.x]\nmirrors = [{location = \"https://y\"}]", "mirror location \"https://y\""),
             ("[registry.x]\nmirrors = [{location = \"y/../z\"}]", "mirror location \"y/../z\""),
             ("[network]\nattempts = 0", "network.attempts"),
+            ("[registry.\"x/../y\"]", "registry.\"x/../y\""),
+            ("[registry.\"*.x\"]\nlocation = \"y\"", "or *.DOMAIN"),
+            ("[registry.x]\nlocation = \"https://y\"", "location \"https://y\""),
+            ("[registry.x]\nca = \"ca.pem\"", "ca: must be an absolute path: ca.pem"),
+            ("[registry.x]\nclient_key = \"/k\"", "go together"),
         ] {
             let error = parse(text).check().unwrap_err().to_string();
             assert!(error.contains(message), "{error}");

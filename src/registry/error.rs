@@ -22,6 +22,14 @@ pub enum RegistryError {
     /// No answer.
     #[error(transparent)]
     Transport(#[from] TransportError),
+    /// The administrator says no.
+    #[error("image {image} is not allowed here: the administrator has blocked {blocked}")]
+    Blocked {
+        /// The image.
+        image: String,
+        /// By which table of the configuration.
+        blocked: String,
+    },
     /// 404 for a manifest.
     #[error("image {image} not found: {host} has no such repository, tag or digest{hint}")]
     ImageNotFound {
@@ -274,6 +282,9 @@ pub enum TransportReason {
     /// This machine has no trust store.
     #[error("this node has no CA certificates: install ca-certificates")]
     NoRoots,
+    /// The configuration's files about it.
+    #[error("the certificates that pyxis.toml names for it cannot be used: {0}")]
+    Site(&'static str),
     /// No answer in time, or too slow an answer.
     #[error("stalled: {0}")]
     Stalled(String),
@@ -294,6 +305,7 @@ impl TransportReason {
             | Self::Certificate(_)
             | Self::NotTls
             | Self::NoRoots
+            | Self::Site(_)
             | Self::Url => 1,
             Self::Refused => most.min(3),
             Self::Lookup(_) | Self::Unreachable(_) | Self::Tls(_) | Self::Stalled(_) | Self::Broken(_) => most,
@@ -316,6 +328,15 @@ impl RegistryError {
                 | Self::CredentialsRefused { .. }
                 | Self::Forbidden { .. }
         )
+    }
+
+    /// The registry has no such image, or none for this user.
+    pub fn is_a_no(&self) -> bool {
+        match self {
+            Self::ImageNotFound { .. } | Self::Blocked { .. } => true,
+            Self::Mirrors { source, .. } => source.is_a_no(),
+            other => other.is_denied(),
+        }
     }
 
     /// 429.

@@ -12,11 +12,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use ureq::http::header::{AUTHORIZATION, LOCATION, RETRY_AFTER};
 use ureq::http::uri::{Authority, Scheme};
 use ureq::http::{HeaderMap, HeaderValue, Method, Request, Response, Uri};
-use ureq::tls::{Certificate, RootCerts, TlsConfig};
+use ureq::tls::{Certificate, ClientCert, RootCerts, TlsConfig};
 use ureq::{Agent, Body};
 
 use super::config::NetworkConfig;
 use super::error::{RegistryError, TransportError, TransportReason};
+use super::site::Access;
 
 const MAX_REDIRECTS: usize = 5;
 const USER_AGENT: &str = concat!("pyxis/", env!("CARGO_PKG_VERSION"));
@@ -25,9 +26,19 @@ const USER_AGENT: &str = concat!("pyxis/", env!("CARGO_PKG_VERSION"));
 #[derive(Debug)]
 pub(super) struct Http {
     network: NetworkConfig,
+    /// What the site has for `host`.
+    access: Access,
+    host: String,
     plain: Agent,
     /// Made on first use: reading the system's certificates takes milliseconds.
-    secure: OnceLock<Option<Agent>>,
+    secure: OnceLock<Result<Secure, TransportReason>>,
+}
+
+#[derive(Debug)]
+struct Secure {
+    /// For the registry itself, to which the client's certificate is shown.
+    own: Agent,
+    others: Agent,
 }
 
 /// An answer.
@@ -54,24 +65,36 @@ fn crypto_provider() -> rustls::crypto::CryptoProvider {
 }
 
 impl Http {
-    pub fn new(network: NetworkConfig) -> Self {
-        Self { network, plain: agent(&network, TlsConfig::builder().build()), secure: OnceLock::new() }
+    /// For `host`, for which the site has `access`, and for the servers that it names.
+    pub fn new(network: NetworkConfig, host: &str, access: Access) -> Self {
+        let plain = agent(&network, TlsConfig::builder().build());
+        Self { network, access, host: host.to_owned(), plain, secure: OnceLock::new() }
     }
 
-    /// The agent for a scheme; none if this machine trusts nobody.
-    fn agent(&self, scheme: &Scheme) -> Option<&Agent> {
-        if *scheme == Scheme::HTTP {
-            return Some(&self.plain);
+    /// The agent for a URL.
+    fn agent(&self, url: &Uri) -> Result<&Agent, TransportReason> {
+        if url.scheme().ok_or(TransportReason::Url)? == &Scheme::HTTP {
+            return Ok(&self.plain);
         }
-        let make = || {
-            let roots = rustls_native_certs::load_native_certs().certs;
-            let roots = roots.iter().map(|certificate| Certificate::from_der(certificate).to_owned());
-            let roots: Vec<_> = roots.collect();
-            let tls = TlsConfig::builder().unversioned_rustls_crypto_provider(Arc::new(crypto_provider()));
-            let with_roots = |roots| tls.root_certs(RootCerts::Specific(Arc::new(roots))).build();
-            (!roots.is_empty()).then(|| agent(&self.network, with_roots(roots)))
+        let secure = self.secure.get_or_init(|| self.make_secure()).as_ref().map_err(TransportReason::clone)?;
+        Ok(if host_of(url) == self.host { &secure.own } else { &secure.others })
+    }
+
+    fn make_secure(&self) -> Result<Secure, TransportReason> {
+        let site = |reason: &'static str| TransportReason::Site(reason);
+        let roots = rustls_native_certs::load_native_certs().certs;
+        let mut roots: Vec<_> = roots.iter().map(|root| Certificate::from_der(root).to_owned()).collect();
+        roots.extend(self.access.authorities().map_err(site)?);
+        if roots.is_empty() {
+            return Err(TransportReason::NoRoots);
+        }
+        let roots = RootCerts::Specific(Arc::new(roots));
+        let provider = Arc::new(crypto_provider());
+        let with = |client: Option<ClientCert>| {
+            let tls = TlsConfig::builder().unversioned_rustls_crypto_provider(Arc::clone(&provider));
+            agent(&self.network, tls.root_certs(roots.clone()).client_cert(client).build())
         };
-        self.secure.get_or_init(make).as_ref()
+        Ok(Secure { own: with(self.access.client().map_err(site)?), others: with(None) })
     }
 
     /// Sends a request, and on to where it is redirected. Any status is an answer.
@@ -106,8 +129,7 @@ impl Http {
     /// Posts a form, for which there are no redirects: it has a secret in it.
     pub fn post(&self, url: &Uri, form: &[u8]) -> Result<Answer, RegistryError> {
         let error = |reason| TransportError { host: host_of(url), reason };
-        let scheme = url.scheme().ok_or_else(|| error(TransportReason::Url))?;
-        let agent = self.agent(scheme).ok_or_else(|| error(TransportReason::NoRoots))?;
+        let agent = self.agent(url).map_err(error)?;
         let request = agent.post(url).content_type("application/x-www-form-urlencoded");
         let response = request.send(form).map_err(|cause| error(transport_reason(cause)))?;
         Ok(Answer { response, host: host_of(url), from_origin: true })
@@ -121,8 +143,7 @@ impl Http {
         authorization: Option<&HeaderValue>,
     ) -> Result<Response<Body>, TransportError> {
         let error = |reason| TransportError { host: host_of(url), reason };
-        let scheme = url.scheme().ok_or_else(|| error(TransportReason::Url))?;
-        let agent = self.agent(scheme).ok_or_else(|| error(TransportReason::NoRoots))?;
+        let agent = self.agent(url).map_err(error)?;
         let mut request = Request::new(());
         *request.method_mut() = method.clone();
         *request.uri_mut() = url.clone();

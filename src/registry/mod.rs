@@ -8,11 +8,14 @@ pub mod blob;
 pub mod challenge;
 pub mod client;
 pub mod config;
+pub mod containers;
 pub mod credentials;
 pub mod error;
 mod http;
+pub mod names;
 pub mod resolve;
 mod retry;
+pub mod site;
 pub mod stream;
 mod team;
 

@@ -45,6 +45,9 @@ pub fn resolve(
     platform: &Platform,
 ) -> Result<Resolved, RegistryError> {
     reference.check()?;
+    if let Some(blocked) = registries.blocked(reference) {
+        return Err(RegistryError::Blocked { image: reference.to_string(), blocked });
+    }
     let client = |endpoint: Endpoint, network| {
         Client::new(endpoint, network, SharedKeyring::clone(keyring), reference.user.clone())
     };

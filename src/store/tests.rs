@@ -67,6 +67,7 @@ fn image(name: &str) -> ImageReference {
         registry: "registry.example".into(),
         repository: name.into(),
         tag_or_digest: "latest".into(),
+        is_short: false,
     }
 }
 

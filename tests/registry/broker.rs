@@ -9,9 +9,10 @@ use rustix::event::{PollFd, PollFlags, poll};
 use spank_pyxis::image::digest::Digest;
 use spank_pyxis::image::reference::ImageReference;
 use spank_pyxis::importer::protocol::{Command, FailureKind, ImportLimits, LayerDescriptor, Report};
-use spank_pyxis::registry::config::{Mirror, NetworkConfig, RegistryConfig, RegistryEntry};
+use spank_pyxis::registry::config::{Mirror, NetworkConfig, PullFromMirror, RegistryConfig, RegistryEntry};
 use spank_pyxis::registry::credentials::remote::serve;
 use spank_pyxis::registry::credentials::{Answer, Credential, Keyring, Kind, Query, SharedKeyring};
+use spank_pyxis::registry::site;
 use spank_pyxis::sys::channel::{self, Channel};
 use spank_pyxis::sys::memfile;
 
@@ -58,7 +59,9 @@ impl Import {
             ..RegistryConfig::default()
         };
         for host in hosts {
-            registries.registry.insert((*host).to_owned(), RegistryEntry { insecure: true, mirrors: vec![] });
+            registries
+                .registry
+                .insert((*host).to_owned(), RegistryEntry { insecure: true, ..RegistryEntry::default() });
         }
         Self {
             image: format!("{}/{image}", hosts[0]),
@@ -70,7 +73,7 @@ impl Import {
 
     /// The same with a mirror in front of `registry`.
     pub fn mirror(mut self, registry: &str, location: &str) -> Self {
-        let mirror = Mirror { location: location.to_owned(), insecure: true };
+        let mirror = Mirror { location: location.to_owned(), insecure: true, pull_from_mirror: PullFromMirror::All };
         self.registries.registry.entry(registry.to_owned()).or_default().mirrors.push(mirror);
         self
     }
@@ -155,8 +158,16 @@ impl Conversation {
         let (asker, answerer) = channel::pair::<Query, Answer>().unwrap();
         let keyring = Arc::clone(&import.keyring);
         std::thread::spawn(move || serve(&answerer, &*keyring, &hosts));
-        let command = Command::Resolve { reference, registries: import.registries.clone(), limits: import.limits };
-        self.0.send(&command, &[asker.as_fd()]).unwrap();
+        let site_files = import.registries.site_files(&reference);
+        let command = Command::Resolve {
+            reference,
+            registries: import.registries.clone(),
+            site_files: site_files.clone(),
+            limits: import.limits,
+        };
+        let opened: Vec<File> = site_files.iter().map(|file| site::open(file).unwrap()).collect();
+        let descriptors: Vec<_> = [asker.as_fd()].into_iter().chain(opened.iter().map(AsFd::as_fd)).collect();
+        self.0.send(&command, &descriptors).unwrap();
         match self.next() {
             (Report::Resolved { manifest, origin, layers, warnings }, mut descriptors) => {
                 let config = memfile::read_all(descriptors.remove(0), 1 << 20).unwrap();

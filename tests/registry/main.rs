@@ -13,3 +13,4 @@ mod proxied;
 mod pulls;
 mod real;
 mod server;
+mod sites;

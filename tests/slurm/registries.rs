@@ -16,6 +16,8 @@ pub const CASES: &[Case] = &[
     ("private_image_wants_credentials", private_image),
     ("credentials_are_each_users_own", users_differ),
     ("wrong_password", wrong_password),
+    ("commands_in_credentials_run_as_the_user", commands),
+    ("credentials_of_the_site", site_credentials),
     ("bearer_tokens", bearer_tokens),
     ("interrupted_downloads_resume", interrupted),
     ("mirror_down_is_one_line", mirror_down),
@@ -101,6 +103,57 @@ fn wrong_password(world: &mut World) -> Result<()> {
     ensure!(error.contains(".credentials"), "does not name the file that was tried: {error}");
     no_credentials(world);
     Ok(())
+}
+
+/// The command runs as the user, and what it prints stays where it is needed.
+fn commands(world: &mut World) -> Result<()> {
+    no_credentials(world);
+    let Account { user, password } = world.private.accounts()[0].clone();
+    let home = world.make_directory(0, "work")?;
+    let (secret, witness) = (home.join("secret"), home.join("witness"));
+    fs::write(&secret, &password)?;
+    world.user(0).own(&secret)?;
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o600))?;
+    let (host, secret, shown) = (world.private.host(), secret.display(), witness.display());
+    let line = format!("machine {host} login {user} password $(cat {secret}; id -un >{shown})\n");
+    credentials(world, 0, ".config/enroot/.credentials", &line)?;
+    assert_eq!(world.sh(&[&private(world, "command")], "id -un")?, "pyxis-test-1");
+    assert_eq!(fs::read_to_string(&witness)?, "pyxis-test-1\n");
+    no_credentials(world);
+    nowhere(world, &password)
+}
+
+/// Fails if `secret` is in a log, or in what is left of an import.
+fn nowhere(world: &World, secret: &str) -> Result<()> {
+    let mut grep = std::process::Command::new("grep");
+    grep.args(["-rlF", "-e", secret]).arg(world.bed.site.path("log")).arg(world.bed.site.path("state"));
+    let found = process::run(&mut grep, wait::DEADLINE)?.stdout;
+    ensure!(found.is_empty(), "the secret is in {found}");
+    Ok(())
+}
+
+/// Users without credentials of their own pull with those of the site, and do not get to see them.
+fn site_credentials(world: &mut World) -> Result<()> {
+    no_credentials(world);
+    let Account { user, password } = world.private.accounts()[0].clone();
+    let host = world.private.host();
+    let file =
+        world.bed.site.write("etc/site.credentials", format!("machine {host} login {user} password {password}\n"))?;
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600))?;
+    let table = format!("[registry.\"{host}\"]\n");
+    let credentials = format!("{table}credentials = \"{}\"\n", file.display());
+    let before = world.configuration();
+    world.bed.pyxis.configure(&before.replace(&table, &credentials))?;
+    let result = world.sh_as(1, &[&private(world, "site")], "id -un");
+    let read = process::run(world.as_user(1, "cat").arg(&file), wait::DEADLINE)?;
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o644))?;
+    let error = world.refused(&[&private(world, "site")], "chmod 600");
+    world.bed.pyxis.configure(&before)?;
+    fs::remove_file(&file)?;
+    assert_eq!(result?, "pyxis-test-2");
+    ensure!(!read.status.success(), "{read}");
+    error?;
+    nowhere(world, &password)
 }
 
 /// Tokens for nobody in particular, and for somebody with a password.

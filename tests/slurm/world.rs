@@ -56,7 +56,7 @@ impl World {
         for repository in ["public/image", "team/private"] {
             world.tokens.push(&image, &format!("{repository}:latest"))?;
         }
-        for tag in ["netrc", "docker", "users", "wrong"] {
+        for tag in ["netrc", "docker", "users", "wrong", "command", "site"] {
             world.private.push(&image, &format!("team/private:{tag}"))?;
         }
         // Every test may rely on a clean home.

@@ -10,6 +10,7 @@ use std::time::Duration;
 use spank_pyxis::broker::import::{AcquireRequest, AcquiredImage, ImportError, ImportEvent, acquire_through};
 use spank_pyxis::image::reference::ImageReference;
 use spank_pyxis::importer::protocol::{Command, FailureKind, Report};
+use spank_pyxis::registry::config::{Mirror, PullFromMirror, RegistryEntry};
 use spank_pyxis::request::{Environment, PullPolicy, User};
 use spank_pyxis::store::{Goal, Watermark, Watermarks};
 
@@ -144,6 +145,78 @@ fn knowing_a_digest_is_no_permission() {
     site.assert_tidy();
     // What is refused is not remembered.
     assert!(site.store.images().unwrap().iter().all(|image| image.uid == ALICE));
+}
+
+/// A mirror of the administrator's answers for itself: what came from the registry it has to deliver once, and then its
+/// word counts, for each user as long as it is not taken back.
+#[test]
+fn a_mirror_confirms_what_it_has_delivered() {
+    let mut site = site();
+    site.settings.confirmation = Duration::ZERO;
+    let private = Repository::with("gzip", &["secret"]).only_for(&[ALICE]);
+    let mirrored = Repository::with("gzip", &["secret"]).only_for(&[ALICE, BOB]);
+    let registries = Registries::new([("host.example/private", private), ("mirror.example/m/private", mirrored)]);
+    let importer = FakeImporter::honest(&registries);
+    site.acquire(&importer, ALICE, "host.example/private").unwrap();
+    registries.counts();
+    let mirror = Mirror { location: "mirror.example/m".into(), insecure: false, pull_from_mirror: PullFromMirror::All };
+    let entry = RegistryEntry { mirrors: vec![mirror], ..RegistryEntry::default() };
+    site.settings.registries.registry.insert("host.example".into(), entry);
+    site.acquire(&importer, BOB, "host.example/private").unwrap();
+    assert_eq!(registries.counts(), (1, 0, 1), "delivered as proof");
+    site.acquire(&importer, ALICE, "host.example/private").unwrap();
+    assert_eq!(registries.counts(), (1, 1, 0), "confirmed");
+    // Revoked.
+    registries.change("mirror.example/m/private", |repository| repository.users = vec![ALICE]);
+    refused(site.acquire(&importer, BOB, "host.example/private"), FailureKind::Denied);
+    // One that names a layer without having it gives it to nobody.
+    let mut empty = Repository::default();
+    empty.images.insert("latest".into(), vec![layer("gzip", "secret")]);
+    registries.change("mirror.example/m/private", |repository| *repository = empty);
+    refused(site.acquire(&importer, BOB, "host.example/private"), FailureKind::NotFound);
+    site.assert_tidy();
+}
+
+#[test]
+fn a_short_name_is_searched_for() {
+    let mut site = site();
+    let registries = Registries::new([
+        ("one.example/app", Repository::with("gzip", &["app"]).only_for(&[ALICE])),
+        ("two.example/app", Repository::with("gzip", &["app"])),
+        ("two.example/other", Repository::with("gzip", &["other"])),
+    ]);
+    let importer = FakeImporter::honest(&registries);
+    let names = &mut site.settings.registries.short_names;
+    names.search = vec!["one.example".into(), "two.example".into()];
+    names.aliases.insert("alias".into(), "two.example/other".into());
+    let mut starts = 0;
+    site.acquire_with(&importer, BOB, "app", &mut |event| starts += usize::from(event == ImportEvent::NetworkStart))
+        .unwrap();
+    assert_eq!((registries.counts().0, starts), (2, 1));
+    site.acquire(&importer, ALICE, "other").unwrap();
+    site.acquire(&importer, ALICE, "alias").unwrap();
+    refused(site.acquire(&importer, ALICE, "nowhere"), FailureKind::NotFound);
+    let entry = RegistryEntry { blocked: true, ..RegistryEntry::default() };
+    site.settings.registries.registry.insert("two.example/other".into(), entry);
+    // Also what the store has.
+    refused(site.acquire(&importer, ALICE, "alias"), FailureKind::Denied);
+}
+
+#[test]
+fn a_registry_that_is_down_does_not_change_what_a_name_means() {
+    fn down(served: &crate::fake::Served, command: Command, descriptors: Vec<std::os::fd::OwnedFd>) {
+        match command {
+            Command::Resolve { .. } if served.origin.starts_with("one.") => {
+                served.fail(FailureKind::Unavailable, "no answer");
+            }
+            command => answer(served, command, descriptors),
+        }
+    }
+    let mut site = site();
+    let registries = Registries::new([("two.example/app", Repository::with("gzip", &["app"]))]);
+    site.settings.registries.short_names.search = vec!["one.example".into(), "two.example".into()];
+    let importer = FakeImporter { registries, answer: down };
+    refused(site.acquire(&importer, ALICE, "app"), FailureKind::Unavailable);
 }
 
 #[test]

@@ -12,6 +12,7 @@ use spank_pyxis::broker::import::{AcquireRequest, ImportError, ImportEvent, Impo
 use spank_pyxis::image::digest::Digest;
 use spank_pyxis::image::reference::ImageReference;
 use spank_pyxis::importer::protocol::{Command, FailureKind, LayerDescriptor, Report};
+use spank_pyxis::registry::config::RegistryConfig;
 use spank_pyxis::sys::channel::{self, Channel};
 use spank_pyxis::sys::memfile;
 
@@ -145,19 +146,24 @@ impl StartImporter for FakeImporter {
 fn serve(registries: Registries, answer: Answer, channel: Channel<Report, Command>) {
     let mut served = Served { registries, channel, uid: 0, origin: String::new(), found: false, layers: vec![] };
     while let Ok(Some((command, mut descriptors))) = served.channel.receive() {
-        if let Command::Resolve { reference, .. } = &command {
+        if let Command::Resolve { reference, registries, .. } = &command {
             let mut uid = String::new();
             File::from(descriptors.remove(0)).read_to_string(&mut uid).unwrap();
             served.uid = uid.parse().unwrap();
-            served.look_up(reference);
+            served.look_up(reference, registries);
         }
         answer(&served, command, descriptors);
     }
 }
 
 impl Served {
-    fn look_up(&mut self, reference: &ImageReference) {
-        self.origin = format!("{}/{}", reference.registry, reference.repository);
+    /// At the first mirror that has it, else at the registry.
+    fn look_up(&mut self, reference: &ImageReference, registries: &RegistryConfig) {
+        let mut origins: Vec<String> =
+            registries.endpoints(reference).iter().map(|endpoint| endpoint.origin()).collect();
+        let upstream = origins.pop().unwrap();
+        let has = |origin: &String| !self.registries.repository(origin).images.is_empty();
+        self.origin = origins.into_iter().find(has).unwrap_or(upstream);
         let repository = self.registries.repository(&self.origin);
         let by_digest = |layers: &&Vec<LayerDescriptor>| manifest_of(layers).to_string() == reference.tag_or_digest;
         let found = repository.images.get(&reference.tag_or_digest);

@@ -28,6 +28,7 @@ use crate::image::digest::Digest;
 use crate::image::reference::ImageReference;
 use crate::importer::protocol::{Command, FailureKind, ImportLimits};
 use crate::policy::{Evidence, Policy, Subject};
+use crate::registry::error::RegistryError;
 use crate::request::{Environment, PullPolicy, User};
 use crate::store::{
     Goal, LeasedLayer, ManifestRecord, PinnedMounts, ReferenceRecord, Store, StoreError, Watermarks, count, now, size,
@@ -263,6 +264,49 @@ pub fn acquire_through(
     cancel: &[BorrowedFd<'_>],
     events: &mut dyn FnMut(ImportEvent),
 ) -> Result<AcquiredImage, ImportError> {
+    let mut started = false;
+    let mut events = |event| {
+        if event != ImportEvent::NetworkStart || !std::mem::replace(&mut started, true) {
+            events(event);
+        }
+    };
+    let candidates = settings.registries.short_names.candidates(request.reference);
+    let mut before = Vec::new();
+    for (index, reference) in candidates.iter().enumerate() {
+        let request = AcquireRequest { reference, ..request };
+        match acquire_one(starter, store, settings, request, pinned, cancel, &mut events) {
+            // Only an answer sends on to the next one: a registry that is down must not change what a name means.
+            Err(ImportError::Refused { kind: FailureKind::NotFound | FailureKind::Denied, message })
+                if index + 1 < candidates.len() =>
+            {
+                before.push(message);
+            }
+            Err(ImportError::Refused { kind, message }) if !before.is_empty() => {
+                return Err(ImportError::Refused {
+                    kind,
+                    message: format!("{message}; before that, {}", before.join("; ")),
+                });
+            }
+            outcome => return outcome,
+        }
+    }
+    // There is always one.
+    Err(ImportError::Start("no registry to search".into()))
+}
+
+fn acquire_one(
+    starter: &dyn StartImporter,
+    store: &Store,
+    settings: &ImportSettings,
+    request: AcquireRequest<'_>,
+    pinned: &dyn PinnedMounts,
+    cancel: &[BorrowedFd<'_>],
+    events: &mut dyn FnMut(ImportEvent),
+) -> Result<AcquiredImage, ImportError> {
+    if let Some(blocked) = settings.registries.blocked(request.reference) {
+        let message = RegistryError::Blocked { image: request.reference.to_string(), blocked }.to_string();
+        return Err(ImportError::Refused { kind: FailureKind::Denied, message });
+    }
     let subject = Subject::registry(request.user, request.reference);
     let permission = permit::before(settings, &subject)?;
     let known = Known { store, settings, request, subject: &subject, permission };
@@ -320,7 +364,8 @@ fn import(
     let mut session = Session::new(store, settings, name, pinned, cancel, events, importer);
     let image = session.resolve(&Command::Resolve {
         reference: request.reference.clone(),
-        registries: settings.registries.clone(),
+        registries: settings.registries.only_for(request.reference),
+        site_files: settings.registries.site_files(request.reference),
         limits: settings.limits,
     })?;
     let evidence = session.examine(known.subject, image.manifest, known.ancestors(&image.manifest)?)?;

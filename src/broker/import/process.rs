@@ -26,6 +26,7 @@ use super::{AcquireRequest, ImportError, ImportEvent, ImportSettings, one_line};
 use crate::cli;
 use crate::importer::protocol::{Command, Report};
 use crate::registry::credentials::{Answer, Query};
+use crate::registry::site;
 use crate::request::User;
 use crate::sys::channel::{self, Channel};
 use crate::sys::spawn::spawn;
@@ -105,16 +106,22 @@ impl StartImporter for Processes {
         let environment = memfile::sealed("pyxis-environment", &request.environment.to_block())
             .map_err(failed("user's environment"))?;
         let registries = &settings.registries;
-        let endpoints =
-            registries.mirrors(request.reference).into_iter().chain([registries.upstream(request.reference)]);
+        let endpoints = registries.endpoints(request.reference);
         let message = CredentialsRequest {
             user: request.user.clone(),
-            registries: endpoints.map(|endpoint| endpoint.host).collect(),
+            registries: endpoints.into_iter().map(|endpoint| endpoint.host).collect(),
+            helpers: registries.site_helpers(request.reference),
         };
         reader_channel
             .send(&message, &[environment.as_fd(), answerer.as_fd()])
             .map_err(failed("credentials reader"))?;
-        Ok(Importer { channel, descriptors: vec![asker.into()], process: Some(process), reader: Some(reader) })
+        let mut descriptors = vec![asker.into()];
+        for file in registries.site_files(request.reference) {
+            let opened = site::open(&file);
+            let opened = opened.map_err(|error| ImportError::start(&file.path.display().to_string(), &error))?;
+            descriptors.push(opened.into());
+        }
+        Ok(Importer { channel, descriptors, process: Some(process), reader: Some(reader) })
     }
 }
 

@@ -39,6 +39,8 @@ pub(super) struct CredentialsRequest {
     pub user: User,
     /// The image's registry and its mirrors, `HOST[:PORT]`.
     pub registries: Vec<String>,
+    /// The site's helpers for them.
+    pub helpers: SiteHelpers,
 }
 
 /// The importer: becomes the service account and serves the broker. Its arguments are the broker's process id, the uid
@@ -118,7 +120,7 @@ fn read_credentials(parent: Pid) -> io::Result<()> {
         Some(home) => PathBuf::from(home),
         None => home_directory(request.user.uid)?,
     };
-    serve(&answerer, &UserKeys::new(environment, home, SiteHelpers::new()), &request.registries)
+    serve(&answerer, &UserKeys::new(environment, home, request.helpers), &request.registries)
 }
 
 /// Looks up a user or a group under the account for imports, and writes `=` and the number, or `=` alone if there is none.

@@ -523,10 +523,7 @@ impl<'a, 'e> Session<'a, 'e> {
     /// An importer that speaks for one registry must not vouch for layers of another.
     fn check_origin(&self, origin: &str) -> Result<(), ImportError> {
         let Some(reference) = self.registry else { return Ok(()) };
-        let registries = &self.settings.registries;
-        let mut endpoints = registries.mirrors(reference);
-        endpoints.push(registries.upstream(reference));
-        if endpoints.iter().any(|endpoint| endpoint.origin() == origin) {
+        if self.settings.registries.endpoints(reference).iter().any(|endpoint| endpoint.origin() == origin) {
             return Ok(());
         }
         Err(self.misbehaves(&format!("\"{}\" was not to be asked", one_line(origin, 200))))

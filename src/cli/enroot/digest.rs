@@ -1,13 +1,16 @@
 //! `enroot digest`: which image a reference means on this machine.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use super::{Context, Error, say, settings};
 use crate::image::platform::Platform;
 use crate::image::reference::ImageReference;
-use crate::registry::credentials::{SharedKeyring, SiteHelpers, UserKeys};
+use crate::registry::credentials::{Keyrings, SharedKeyring, UserKeys};
+use crate::registry::error::RegistryError;
 use crate::registry::resolve::{Resolved, resolve};
+use crate::registry::site;
 
 /// Print the digest of an image.
 #[derive(Debug, clap::Args)]
@@ -52,18 +55,42 @@ impl RegistryImage {
 
     /// Asks the registry, with the user's credentials.
     pub fn resolve(&self, context: &Context) -> Result<Resolved, Error> {
-        let (reference, platform) = (self.reference()?, self.platform()?);
-        let registries = settings::registries(context.config.registries(), &context.settings, &reference);
-        let home = context.environment.get_str("HOME").unwrap_or(&context.identity.home);
-        // Credentials as the settings say: `ENROOT_CONFIG_PATH` may come from a file.
-        let keys = UserKeys::new(context.settings.environment().clone(), home, SiteHelpers::new());
-        let keyring: SharedKeyring = Arc::new(keys);
-        let resolved = resolve(&reference, &registries, &keyring, &platform)?;
+        let (typed, platform) = (self.reference()?, self.platform()?);
+        let candidates = context.config.short_names.candidates(&typed);
+        let mut found = Err("no registry to search".into());
+        for reference in &candidates {
+            found = Self::resolve_at(reference, &platform, context);
+            // Only an answer sends on to the next one.
+            let no = |error: &Error| error.downcast_ref::<RegistryError>().is_some_and(RegistryError::is_a_no);
+            if !found.as_ref().is_err_and(no) {
+                break;
+            }
+        }
+        let resolved = found?;
         let (has, wanted) = (&resolved.config.architecture, &platform.architecture);
         if !has.is_empty() && has != wanted {
             say::warn(format_args!("Image architecture doesn't match the requested one: {has} != {wanted}"));
         }
         Ok(resolved)
+    }
+
+    fn resolve_at(reference: &ImageReference, platform: &Platform, context: &Context) -> Result<Resolved, Error> {
+        let mut registries = settings::registries(context.config.registries(), &context.settings, reference);
+        let mut files = Vec::new();
+        for file in registries.site_files(reference) {
+            let failed = |error| format!("{}: {}", crate::sys::reason(error), file.path.display());
+            if let Some(opened) = site::open_own(&file).map_err(failed)? {
+                files.push((file, opened));
+            }
+        }
+        let failed = |(path, error): (PathBuf, _)| format!("{}: {}", crate::sys::reason(error), path.display());
+        let helpers = registries.site_helpers(reference);
+        let own = registries.read_site_files(files).map_err(failed)?;
+        let home = context.environment.get_str("HOME").unwrap_or(&context.identity.home);
+        // Credentials as the settings say: `ENROOT_CONFIG_PATH` may come from a file.
+        let keys = UserKeys::new(context.settings.environment().clone(), home, helpers);
+        let keyring: SharedKeyring = Arc::new(Keyrings(vec![Arc::new(keys), Arc::new(own)]));
+        Ok(resolve(reference, &registries, &keyring, platform)?)
     }
 }
 

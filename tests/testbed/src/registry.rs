@@ -31,6 +31,8 @@ pub struct RegistryOptions {
     pub tokens: bool,
     /// HTTPS with a certificate for `localhost`, signed by a certification authority that nobody knows.
     pub tls: bool,
+    /// With TLS: only for who shows a certificate of the same authority.
+    pub client_certificates: bool,
 }
 
 /// A running registry. Ended when dropped.
@@ -39,7 +41,7 @@ pub struct Registry {
     name: String,
     port: u16,
     options: RegistryOptions,
-    authority: Option<PathBuf>,
+    certificate: Option<Certificate>,
     tokens: Option<TokenServer>,
     storage: PathBuf,
     daemon: Daemon,
@@ -56,15 +58,14 @@ impl Registry {
              http:\n  addr: 127.0.0.1:{port}\n",
             storage.display()
         );
-        let mut authority = None;
+        let mut certificate = None;
         if options.tls {
-            let certificate = Certificate::create(site, name)?;
-            config += &format!(
-                "  tls: {{ certificate: {}, key: {} }}\n",
-                certificate.certificate.display(),
-                certificate.key.display()
-            );
-            authority = Some(certificate.authority);
+            let made = Certificate::create(site, name)?;
+            let (own, key, authority) = (made.certificate.display(), made.key.display(), made.authority.display());
+            let clients =
+                if options.client_certificates { format!(", clientcas: [{authority}]") } else { String::new() };
+            config += &format!("  tls: {{ certificate: {own}, key: {key}{clients} }}\n");
+            certificate = Some(made);
         }
         let mut tokens = None;
         if options.tokens {
@@ -89,7 +90,7 @@ impl Registry {
             Err(error) => Some(Err(error)),
             Ok(()) => TcpStream::connect((Ipv4Addr::LOCALHOST, port)).ok().map(|_| Ok(())),
         })??;
-        Ok(Self { name: name.into(), port, options, authority, tokens, storage, daemon })
+        Ok(Self { name: name.into(), port, options, certificate, tokens, storage, daemon })
     }
 
     /// `localhost:PORT`.
@@ -109,7 +110,12 @@ impl Registry {
 
     /// The certificate of the authority that signed the server's, with TLS.
     pub fn authority(&self) -> Option<&Path> {
-        self.authority.as_deref()
+        self.certificate.as_ref().map(|certificate| certificate.authority.as_path())
+    }
+
+    /// A certificate of that authority for clients, and its key.
+    pub fn client_certificate(&self) -> Option<(&Path, &Path)> {
+        self.certificate.as_ref().map(|certificate| (certificate.certificate.as_path(), certificate.key.as_path()))
     }
 
     /// The server of its Bearer tokens.
@@ -170,7 +176,8 @@ impl Drop for Registry {
     }
 }
 
-/// A server certificate for `localhost` and the authority that signed it.
+/// A certificate for `localhost`, for servers and clients, and the authority that signed it.
+#[derive(Debug)]
 struct Certificate {
     authority: PathBuf,
     certificate: PathBuf,
@@ -184,7 +191,7 @@ impl Certificate {
         let (certificate, key, request) = (path("cert.pem"), path("cert.key"), path("cert.csr"));
         let extensions = site.write(
             &format!("etc/registry-{name}-extensions"),
-            "subjectAltName=DNS:localhost,IP:127.0.0.1\nbasicConstraints=CA:FALSE\nextendedKeyUsage=serverAuth\n",
+            "subjectAltName=DNS:localhost,IP:127.0.0.1\nbasicConstraints=CA:FALSE\nextendedKeyUsage=serverAuth,clientAuth\n",
         )?;
         let new_key = ["req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"];
         let mut self_signed = Command::new("openssl");
