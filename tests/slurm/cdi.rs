@@ -99,7 +99,7 @@ fn edits(world: &mut World) -> Result<()> {
                 {"path": "/dev/null"}
             ],
             "env": ["DEVICE=zero"],
-        }}],
+        }}, {"name": "closed", "containerEdits": {"deviceNodes": [{"path": "/dev/kmsg"}]}}],
         "containerEdits": {
             "mounts": [
                 {"hostPath": home.join("tool"), "containerPath": "/opt/vendor/tool", "options": ["ro", "nosuid", "bind"]},
@@ -124,6 +124,13 @@ fn edits(world: &mut World) -> Result<()> {
         assert_eq!(lines.iter().filter(|line| line.starts_with(" /opt/")).count(), 2, "{lines:?}");
         let notice = "pyxis: vendor.com/device=0: the network interface \"lo\" is not moved into the container";
         ensure!(output.stderr.contains(notice), "{output}");
+        // What its permissions keep from the user is said, and no reason to fail.
+        let closed =
+            world.srun(&[IMAGE, "--container-device=vendor.com/device=closed", "ls", "/dev/kmsg"])?.success()?;
+        ensure!(
+            closed.stderr.contains("pyxis: you may not open /dev/kmsg, so that programs cannot use it\n"),
+            "{closed}"
+        );
         // In the host's own /dev nothing is made.
         arguments.remove(0);
         arguments.insert(0, IMAGE);

@@ -37,8 +37,8 @@ pub(super) struct Planner {
     links: Vec<(String, String)>,
     library_directories: BTreeSet<String>,
     groups: BTreeSet<u32>,
-    /// Device nodes that the user may not open, and the group that may.
-    closed: BTreeMap<PathBuf, u32>,
+    /// Device nodes that the user may not open.
+    closed: BTreeSet<PathBuf>,
 }
 
 /// A mount, with the host's path of one that may be a library.
@@ -93,7 +93,9 @@ impl Planner {
     fn add_node(&mut self, node: &Node, origin: &Path) -> Result<(), String> {
         let path = node.source();
         let status = std::fs::metadata(path).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => format!("there is no device node {path}"),
+            io::ErrorKind::NotFound => {
+                format!("there is no device node {path}: a kernel module is not loaded, or the file is out of date")
+            }
             _ => format!("cannot look at the device node {path}: {}", sys::reason(error)),
         })?;
         let (kind, what) = match status.file_type() {
@@ -114,7 +116,7 @@ impl Planner {
         let mut access = Access::READ_OK;
         access.set(Access::WRITE_OK, node.is_written());
         if rustix::fs::access(path, access).is_err() {
-            self.closed.insert(path.into(), status.gid());
+            self.closed.insert(path.into());
         }
         let device = DeviceNode { host_path: path.into(), path: node.path.clone().into(), optional: false };
         self.edits.device_nodes.retain(|other| other.path != device.path);
@@ -160,8 +162,10 @@ impl Planner {
         }
         let mut file = None;
         if is_bind {
-            let status = std::fs::metadata(host_path)
-                .map_err(|error| format!("cannot mount {host_path}: {}", sys::reason(error)))?;
+            let status = std::fs::metadata(host_path).map_err(|error| match error.kind() {
+                io::ErrorKind::NotFound => format!("there is no {host_path} to mount: the file is out of date"),
+                _ => format!("cannot mount {host_path}: {}", sys::reason(error)),
+            })?;
             file = status.is_file().then(|| host_path.into());
         }
         self.binds.retain(|other| other.entry.target != entry.target);
@@ -209,11 +213,11 @@ impl Planner {
         let (own, foreign): (Vec<u32>, Vec<u32>) =
             self.groups.into_iter().partition(|group| user.gid == *group || user.groups.contains(group));
         edits.additional_gids = own;
-        if let Some(text) = closed_nodes(&self.closed) {
+        let foreign = foreign.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
+        if let Some(text) = closed_nodes(&self.closed, &foreign) {
             edits.notices.push(text);
         } else if !foreign.is_empty() {
-            let groups: Vec<String> = foreign.iter().map(u32::to_string).collect();
-            edits.log.push(format!("CDI: additional groups that the user is not in: {}", groups.join(", ")));
+            edits.log.push(format!("CDI: additional groups that the user is not in: {foreign}"));
         }
         edits
     }
@@ -280,8 +284,8 @@ fn nvidia_parameters() -> Option<File> {
     Some(File { path: NVIDIA_PARAMETERS.into(), mode: 0o444, content })
 }
 
-fn closed_nodes(closed: &BTreeMap<PathBuf, u32>) -> Option<String> {
-    let list: Vec<String> =
-        closed.iter().map(|(path, group)| format!("{} (of group {group})", path.display())).collect();
-    (!list.is_empty()).then(|| format!("you may not open {}: programs will not be able to use it", list.join(", ")))
+fn closed_nodes(closed: &BTreeSet<PathBuf>, groups: &str) -> Option<String> {
+    let list: Vec<String> = closed.iter().map(|path| path.display().to_string()).collect();
+    let members = if groups.is_empty() { String::new() } else { format!("; members of the groups {groups} may") };
+    (!list.is_empty()).then(|| format!("you may not open {}, so that programs cannot use it{members}", list.join(", ")))
 }

@@ -317,7 +317,10 @@ fn device_nodes_are_looked_at() {
     let stale = plan(r#"{"path": "/dev/null", "major": 234, "minor": 1}"#).unwrap();
     assert!(stale.log[0].ends_with("/dev/null is 1:3, not 234:1: the file is out of date"), "{:?}", stale.log);
     for (nodes, problem) in [
-        (r#"{"path": "/dev/vanished"}"#, "there is no device node /dev/vanished"),
+        (
+            r#"{"path": "/dev/vanished"}"#,
+            "there is no device node /dev/vanished: a kernel module is not loaded, or the file is out of date",
+        ),
         (r#"{"path": "/dev/null", "type": "b"}"#, "/dev/null is a character device, and the type there is \"b\""),
         (r#"{"path": "/dev"}"#, "/dev is no device node"),
     ] {
@@ -375,7 +378,7 @@ fn mounts_hooks_groups_and_what_is_left_out() {
     let missing = r#"{"mounts": [{"hostPath": "/does/not/exist", "containerPath": "/x"}]}"#;
     let directories = Directories::new(&[("etc/a.json", &document("1.1.0", missing, "{}"))]);
     let error = directories.load().edits(&names(&["vendor.com/device=dev"]), &user()).unwrap_err().to_string();
-    assert!(error.ends_with("cannot mount /does/not/exist: No such file or directory"), "{error}");
+    assert!(error.ends_with("there is no /does/not/exist to mount: the file is out of date"), "{error}");
 }
 
 /// The form of `nvidia-ctk cdi generate`, with a driver in a directory of ours.
