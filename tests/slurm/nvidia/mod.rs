@@ -23,6 +23,7 @@ pub const CASES: &[Case] = &[
     ("an_inventory_is_taken_once", inventory),
     ("an_upgraded_driver_is_noticed", upgraded),
     ("nothing_stays_in_named_containers", nothing_stays),
+    ("commands_without_slurm", commands),
     ("without_a_driver", without_driver),
 ];
 
@@ -294,6 +295,34 @@ fn nothing_stays(world: &mut World) -> Result<()> {
     assert_eq!(named(&["--gpus-per-node=1"], "cuda-program")?, "cuInit 0\n");
     let mut remove = gpus.bed.cluster.command(0, "srun", ["true"]);
     process::run(&mut remove, wait::DEADLINE)?.success().map(drop)
+}
+
+/// As root through the broker, and as a user who has nobody to ask.
+fn commands(world: &mut World) -> Result<()> {
+    let gpus = gpus(world)?;
+    let (pyxis, node) = (&gpus.bed.pyxis, &gpus.bed.cluster.nodes()[0]);
+    let config = ["--config".as_ref(), pyxis.config.as_os_str()];
+    let user = gpus.bed.cluster.user(0);
+    let script = format!("cuda-program; {LIST}");
+    let expected = "cuInit 0\nnvidia-uvm nvidia-uvm-tools nvidia1 nvidiactl\n";
+    let _ = fs::remove_file(gpus.runtime().join("nvidia.json"));
+    let mut run = node.command(&pyxis.executable.display().to_string());
+    run.args(config).args(["run", "--user", &user.name, "cuda", "sh", "-c", &script]);
+    assert_eq!(process::output_of(run.env("NVIDIA_VISIBLE_DEVICES", "1"))?, expected);
+    let as_user = |arguments: &[&str]| {
+        let mut command = node.command("setpriv");
+        command.args(["--reuid", &user.name, "--regid", &user.gid.to_string(), "--init-groups", "--"]);
+        command.arg(&pyxis.executable).args(config).args(arguments);
+        command.env("HOME", &user.home).env("NVIDIA_VISIBLE_DEVICES", "1");
+        process::run(&mut command, wait::DEADLINE * 2)?.success()
+    };
+    let file = user.home.join("work/cuda.sqsh").display().to_string();
+    as_user(&["import", "--output", &file, "docker://cuda"])?;
+    as_user(&["create", "--force", "--name", "cuda", &file])?;
+    let started = as_user(&["start", "cuda", "sh", "-c", &script]);
+    as_user(&["remove", "--force", "cuda"])?;
+    assert_eq!(started?.stdout, expected);
+    Ok(())
 }
 
 /// On the nodes of the other cluster.
