@@ -65,7 +65,7 @@ impl<'a> Inputs<'a> {
             variables: self.host,
             container: self.container,
             job: self.job,
-            step: self.request.step.as_ref().map(|facts| facts.step_id),
+            step: self.request.step.as_ref(),
             refused: self.refused,
         }
     }

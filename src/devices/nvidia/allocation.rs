@@ -12,7 +12,7 @@ use super::driver::{Driver, Gpu, Instance};
 use crate::devices::access::DeviceAccess;
 use crate::devices::host::Host;
 use crate::devices::slurm_config;
-use crate::request::Environment;
+use crate::request::{Environment, StepFacts};
 
 /// `SLURM_BATCH_SCRIPT` and `SLURM_INTERACTIVE_STEP`.
 const STEPS_WITH_ALL_OF_THE_JOB: std::ops::RangeInclusive<u32> = 0xffff_fffa..=0xffff_fffb;
@@ -22,6 +22,8 @@ const STEPS_WITH_ALL_OF_THE_JOB: std::ops::RangeInclusive<u32> = 0xffff_fffa..=0
 pub struct Allocation {
     /// Device nodes that the job's cgroup refuses.
     refused: DeviceAccess,
+    /// Whether there is such a cgroup.
+    is_constrained: bool,
     /// Numbers of device nodes that are for other users.
     forbidden: BTreeSet<u32>,
     /// Numbers that Slurm has given; `None` if it does not manage this node's GPUs, or does not say.
@@ -29,15 +31,31 @@ pub struct Allocation {
 }
 
 impl Allocation {
-    /// The GPUs of a step with id `step`, whose environment was `job` at first, in a process that may not open `refused`.
-    pub fn of(host: &Host, driver: &Driver, step: Option<u32>, job: &Environment, refused: &DeviceAccess) -> Self {
-        let refused = refused.clone();
+    /// The GPUs of the step `step`, whose environment was `job` at first, one of whose tasks may not open `refused`.
+    pub fn of(
+        host: &Host,
+        driver: &Driver,
+        step: Option<&StepFacts>,
+        job: &Environment,
+        refused: &DeviceAccess,
+    ) -> Self {
         let forbidden = driver.gpus.iter().filter(|gpu| host.forbids(gpu.node())).map(|gpu| gpu.minor).collect();
-        // With a device cgroup there is nothing more to know. Numbers of parts of GPUs are not those of device nodes.
-        if refused.refuses_any("nvidia") || driver.gpus.iter().any(|gpu| gpu.is_divided) {
-            return Self { refused, forbidden, given: None };
+        let is_constrained = refused.refuses_any("nvidia");
+        let own = Self { refused: refused.clone(), is_constrained, forbidden, given: None };
+        // Tasks can have cgroups of their own (`--gpus-per-task`), and share the container.
+        let of_one_task = is_constrained && step.is_some_and(|step| step.local_tasks > 1);
+        // Slurm's numbers of parts of GPUs are not those of device nodes.
+        if driver.gpus.iter().any(|gpu| gpu.is_divided) {
+            return if of_one_task { Self { refused: DeviceAccess::default(), ..own } } else { own };
         }
-        Self { refused, forbidden, given: step.and_then(|step| given(host, step, job)) }
+        let given = step.and_then(|step| given(host, step.step_id, job));
+        match given {
+            Some(given) if of_one_task && !given.is_empty() => {
+                Self { refused: DeviceAccess::default(), given: Some(given), ..own }
+            }
+            // With a device cgroup there is nothing more to know.
+            given => Self { given: given.filter(|_| !is_constrained), ..own },
+        }
     }
 
     /// Whether the job has this GPU, or parts of it.
@@ -52,7 +70,7 @@ impl Allocation {
 
     /// Whether Slurm has given the job some of the node's GPUs.
     pub fn is_slurms(&self) -> bool {
-        self.given.is_some() || self.refused.refuses_any("nvidia")
+        self.given.is_some() || self.is_constrained
     }
 
     /// Whether the job has this part of a GPU that it has.
@@ -63,7 +81,7 @@ impl Allocation {
     /// What Slurm calls the GPUs of `driver` in `CUDA_VISIBLE_DEVICES`: those that the job can open are counted from 0
     /// where a device cgroup is at work, else the numbers are those of the device nodes.
     pub fn slurms_number(&self, driver: &Driver, wanted: &Gpu) -> Option<u32> {
-        if !self.refused.refuses_any("nvidia") {
+        if !self.is_constrained {
             return Some(wanted.minor);
         }
         let mut own = driver.gpus.iter().filter(|gpu| self.has(gpu));
@@ -100,6 +118,16 @@ mod tests {
     }
 
     fn allocation(step: Option<u32>, job: &[&str], conf: Option<&str>, refused: &[u32]) -> (Allocation, Vec<u32>) {
+        allocation_of_tasks(1, step, job, conf, refused)
+    }
+
+    fn allocation_of_tasks(
+        local_tasks: u32,
+        step: Option<u32>,
+        job: &[&str],
+        conf: Option<&str>,
+        refused: &[u32],
+    ) -> (Allocation, Vec<u32>) {
         let directory = tempfile::tempdir().unwrap();
         if let Some(conf) = conf {
             std::fs::write(directory.path().join("slurm.conf"), conf).unwrap();
@@ -107,7 +135,8 @@ mod tests {
         let job = job.iter().chain(&["SLURM_CONF=/slurm.conf"]).collect();
         let driver = Driver { version: String::new(), gpus: (0..4).map(gpu).collect() };
         let refused = refused.iter().map(|minor| format!("nvidia{minor}")).collect();
-        let allocation = Allocation::of(&Host::at(directory.path()), &driver, step, &job, &refused);
+        let step = step.map(|step_id| StepFacts { job_id: 1, step_id, local_tasks, total_tasks: local_tasks });
+        let allocation = Allocation::of(&Host::at(directory.path()), &driver, step.as_ref(), &job, &refused);
         let has = driver.gpus.iter().filter(|gpu| allocation.has(gpu)).map(|gpu| gpu.minor).collect();
         (allocation, has)
     }
@@ -143,5 +172,15 @@ mod tests {
         assert_eq!(allocation(Some(0), &[], Some("GresTypes=nic\n"), &[]).1, ALL);
         assert_eq!(allocation(Some(0), &[], None, &[]).1, ALL);
         assert_eq!(allocation(None, &["SLURM_STEP_GPUS=0"], MANAGED, &[]).1, ALL);
+    }
+
+    #[test]
+    fn tasks_with_a_gpu_each_share_a_container() {
+        let (allocation, has) = allocation_of_tasks(2, Some(0), &["SLURM_STEP_GPUS=1,3"], MANAGED, &[0, 2, 3]);
+        assert_eq!(has, [1, 3]);
+        // Slurm counts anew for each task, and so does the container.
+        let driver = Driver { version: String::new(), gpus: (0..4).map(gpu).collect() };
+        assert_eq!(allocation.slurms_number(&driver, &gpu(3)), Some(1));
+        assert_eq!(allocation_of_tasks(2, Some(0), &[], MANAGED, &[0, 2, 3]).1, [1]);
     }
 }

@@ -26,7 +26,7 @@ use super::access::DeviceAccess;
 use super::edits::{ContainerEdits, File};
 use super::host::Host;
 use crate::mounts::entry::MountEntry;
-use crate::request::Environment;
+use crate::request::{Environment, StepFacts};
 use allocation::Allocation;
 use contents::Contents;
 use driver::Driver;
@@ -52,8 +52,8 @@ pub struct Request<'a> {
     pub container: &'a Environment,
     /// The environment that the step began with, before any task's binding.
     pub job: &'a Environment,
-    /// The step's id; none outside Slurm.
-    pub step: Option<u32>,
+    /// The step; none outside Slurm.
+    pub step: Option<&'a StepFacts>,
     /// What a task of the job may not open.
     pub refused: &'a DeviceAccess,
 }

@@ -120,7 +120,7 @@ impl Node {
             variables: &job,
             container: &image.iter().collect(),
             job: &job,
-            step: Some(0),
+            step: Some(&StepFacts { job_id: 1, step_id: 0, local_tasks: 1, total_tasks: 1 }),
             refused: &refused.iter().map(|minor| format!("nvidia{minor}")).collect(),
         };
         plan(&request, &mut || Ok(inventory())).map_err(|error| error.to_string())
@@ -468,7 +468,7 @@ fn a_specification_takes_the_place_of_our_search() {
             variables: &variables,
             container: &Environment::default(),
             job: &variables,
-            step: Some(0),
+            step: Some(&StepFacts { job_id: 1, step_id: 0, local_tasks: 1, total_tasks: 1 }),
             refused: &DeviceAccess::default(),
         };
         match by_cdi::choose(&request, &[directory.to_owned()], &names, &mut || Err("NVML is not asked".into())) {

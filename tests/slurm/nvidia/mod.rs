@@ -230,6 +230,13 @@ fn constrained(gpus: &GpuBed) -> Result<()> {
     let seen = gpus.sh(2, &visible, "echo $CUDA_VISIBLE_DEVICES $(ls /proc/driver/nvidia/gpus)")?;
     assert_eq!(seen, "0 0000:11:00.0");
     assert_eq!(gpus.sh(0, &[], LIST)?, "nvidia-uvm nvidia-uvm-tools nvidiactl");
+    // Tasks with a cgroup each share the container of whichever starts it.
+    let script = "cd /dev && echo $(for node in nvidia?; do true 2>/dev/null <$node && echo $node; done)";
+    let both =
+        gpus.srun(&[], &["-n2", "--gpus-per-task=1", "--container-image=cuda", "sh", "-c", script])?.success()?;
+    let union: std::collections::BTreeSet<&str> = both.stdout.split_whitespace().collect();
+    assert_eq!(union.into_iter().collect::<Vec<_>>(), ["nvidia0", "nvidia1"], "{both}");
+    ensure!(both.stdout.lines().all(|line| !line.is_empty()), "{both}");
     Ok(())
 }
 
