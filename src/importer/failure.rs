@@ -31,6 +31,11 @@ impl Failure {
         self
     }
 
+    /// The message as it is: who shows it makes it one line.
+    pub fn into_message(self) -> String {
+        self.message
+    }
+
     /// As a message to the broker: one line.
     pub fn report(self) -> Report {
         let printable = |c: char| if c.is_control() { ' ' } else { c };

@@ -8,7 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub(crate) mod confine;
-mod failure;
+pub mod failure;
 pub mod inflate;
 pub mod layer;
 pub mod local;

@@ -13,8 +13,7 @@ mod fetch;
 mod sinks;
 
 use std::collections::HashSet;
-use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 
 pub use fetch::Fetch;
 pub use sinks::{DirectorySink, SquashfsSink};
@@ -79,13 +78,14 @@ impl PullError {
 }
 
 /// Merges the layers of an image, lowest first in `layers`, into `sink`, and adds what enroot's images have. `open` gives
-/// a layer's blob, perhaps twice. `source` is where the image comes from, as `docker://…`.
-pub fn unpack<S: Sink>(
-    layers: &[LayerDescriptor],
+/// a layer's blob, perhaps twice; `have_digests` says whether blobs have digests of their own, or only content. `source` is
+/// where the image comes from, as `docker://…`.
+pub fn unpack<S: Sink, R: Read + Send>(
+    (layers, have_digests): (&[LayerDescriptor], bool),
     config: &ImageConfig,
     source: &str,
     limits: LayerLimits,
-    mut open: impl FnMut(usize) -> Result<File, PullError>,
+    mut open: impl FnMut(usize) -> Result<R, PullError>,
     sink: S,
 ) -> Result<S, PullError> {
     let mut merge = Merge::new(sink, limits);
@@ -94,8 +94,9 @@ pub fn unpack<S: Sink>(
     let topmost_first = layers.iter().enumerate().rev().filter(|(_, layer)| seen.insert(layer.diff_id));
     for (index, layer) in topmost_first {
         let failed = |cause| PullError::layer(layer.blob, cause);
-        if stream(open(index)?, Some(&layer.blob), &layer.diff_id, |_| {}, |tar| merge.layer(tar)).map_err(failed)? {
-            stream(open(index)?, Some(&layer.blob), &layer.diff_id, |_| {}, |tar| merge.links(tar)).map_err(failed)?;
+        let blob = have_digests.then_some(&layer.blob);
+        if stream(open(index)?, blob, &layer.diff_id, |_| {}, |tar| merge.layer(tar)).map_err(failed)? {
+            stream(open(index)?, blob, &layer.diff_id, |_| {}, |tar| merge.links(tar)).map_err(failed)?;
         }
     }
     for file in generated::files(config, Some(source)) {

@@ -20,6 +20,7 @@ pub const CASES: &[Case] = &[
     ("components_of_heterogeneous_steps", heterogeneous_steps),
     ("components_of_heterogeneous_jobs", heterogeneous_jobs),
     ("jobs_without_a_command_line", without_a_command_line),
+    ("jobs_through_slurmrestd", through_slurmrestd),
 ];
 
 const COMPONENTS_DIFFER: &str = "pyxis: Slurm gives all components of a heterogeneous job the same container options";
@@ -232,7 +233,7 @@ fn heterogeneous_jobs(world: &mut World) -> Result<()> {
     Ok(())
 }
 
-/// What a job submitted through slurmrestd can do: put into its environment what commands put there, or `PYXIS_*`.
+/// Put into the environment what commands put there, or `PYXIS_*`.
 fn without_a_command_line(world: &mut World) -> Result<()> {
     for variable in ["_SLURM_SPANK_OPTION_pyxis_container_image", "PYXIS_CONTAINER_IMAGE"] {
         let work = world.make_directory(0, "work/rest")?;
@@ -250,5 +251,49 @@ fn without_a_command_line(world: &mut World) -> Result<()> {
     let name = "SLURM_SPANK__SLURM_SPANK_OPTION_pyxis_container_image";
     let found = srun_with(world, &[(name, "alpine")], &["sh", "-c", ID])?.success()?;
     assert_eq!(sorted(&found.stdout), ["busybox"]);
+    Ok(())
+}
+
+/// Which knows no options of plugins: the job's environment asks for the container.
+fn through_slurmrestd(world: &mut World) -> Result<()> {
+    for variable in ["_SLURM_SPANK_OPTION_pyxis_container_image", "PYXIS_CONTAINER_IMAGE"] {
+        let work = world.make_directory(0, "work/slurmrestd")?;
+        let log = work.join("log");
+        let job = serde_json::json!({
+            "script": format!("#!/bin/sh\n{ID}; pwd; echo done\n"),
+            "job": {
+                "name": "rest",
+                "nodes": 1,
+                "current_working_directory": &work,
+                "standard_output": &log,
+                "standard_error": &log,
+                "environment": {
+                    "PATH": "/usr/bin:/bin", variable: "alpine", "_SLURM_SPANK_OPTION_pyxis_container_workdir": "/etc",
+                },
+            },
+        })
+        .to_string();
+        let request = format!(
+            "POST /slurm/v0.0.38/job/submit HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n\
+             Accept: application/json\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{job}",
+            job.len()
+        );
+        fs::write(work.join("request"), request)?;
+        // A connection on its standard input and output has to be the user's own, as these pipes are.
+        let pipeline = "cat \"$0\" | /usr/sbin/slurmrestd -a rest_auth/local -s openapi/v0.0.38 | cat";
+        let arguments = [PathBuf::from("-c"), PathBuf::from(pipeline), work.join("request")];
+        let answer = process::run(&mut world.bed.cluster.command(0, "sh", arguments), wait::DEADLINE)?;
+        // Headers may follow.
+        let body = answer.stdout.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+        let body = serde_json::Deserializer::from_str(body).into_iter::<serde_json::Value>().next();
+        ensure!(body.is_some_and(|body| body.is_ok_and(|body| body["job_id"].as_u64() > Some(0))), "{answer}");
+        let text = wait::until("the end of the job", wait::DEADLINE * 2, || {
+            let text = fs::read_to_string(&log).unwrap_or_default();
+            text.ends_with("done\n").then_some(text)
+        });
+        let log = fs::read_to_string(&log).unwrap_or_default();
+        ensure!(text?.ends_with("busybox\n/etc\ndone\n"), "{variable}: {log}");
+        fs::remove_dir_all(work)?;
+    }
     Ok(())
 }

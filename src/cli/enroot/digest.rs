@@ -5,12 +5,14 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use super::{Context, Error, say, settings};
+use crate::image;
 use crate::image::platform::Platform;
 use crate::image::reference::ImageReference;
 use crate::registry::credentials::{Keyrings, SharedKeyring, UserKeys};
 use crate::registry::error::RegistryError;
 use crate::registry::resolve::{Resolved, resolve};
 use crate::registry::site;
+use crate::request::{Engine, LocalImage};
 
 /// Print the digest of an image.
 #[derive(Debug, clap::Args)]
@@ -25,7 +27,7 @@ pub struct RegistryImage {
     /// Architecture of the image, if not that of this machine
     #[arg(short, long)]
     arch: Option<String>,
-    /// docker://[USER@][REGISTRY#]IMAGE[:TAG]
+    /// docker://[USER@][REGISTRY#]IMAGE[:TAG]; import also takes dockerd://IMAGE and podman://IMAGE
     #[arg(value_name = "URI")]
     pub uri: String,
 }
@@ -42,6 +44,15 @@ impl RegistryImage {
         match self.uri.strip_prefix("docker://") {
             Some(reference) => Ok(ImageReference::parse(reference)?),
             None => Err(format!("Invalid argument: {}", self.uri).into()),
+        }
+    }
+
+    /// The engine on this machine that has the image, and what it calls it.
+    pub fn engine(&self) -> Result<Option<(Engine, String)>, Error> {
+        match image::local::parse(&self.uri) {
+            Some(Ok(LocalImage::Engine { engine, name })) => Ok(Some((engine, name))),
+            Some(Err(error)) => Err(error.into()),
+            _ => Ok(None),
         }
     }
 

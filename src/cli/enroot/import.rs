@@ -1,19 +1,23 @@
 //! `enroot import` and `enroot load`: an image of a registry, as a squashfs file or as a root filesystem.
 
 use std::ffi::OsString;
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use super::digest::RegistryImage;
-use super::{Context, Error, say};
+use super::{Context, Error, engine, say};
 use crate::export::target::Target;
 use crate::image::config::ImageConfig;
 use crate::import::LayerLimits;
 use crate::import::merge::Sink;
+use crate::importer::failure::Failure;
+use crate::importer::local::LocalImage;
 use crate::importer::protocol::LayerDescriptor;
 use crate::pull::cache::Cache;
-use crate::pull::{DirectorySink, Fetch, SquashfsSink, unpack};
+use crate::pull::{DirectorySink, Fetch, PullError, SquashfsSink, unpack};
+use crate::request::Engine;
 use crate::squashfs::writer::{DEFAULT_OPTIONS, Options, Writer};
 use crate::unpacked::Containers;
 
@@ -55,7 +59,10 @@ pub fn import(args: &ImportArgs, context: &Context) -> Result<ExitCode, Error> {
     }
     let options = squashfs_options(context)?;
     let target = Target::open(&path)?;
-    let image = Image::fetch(&args.image, context)?;
+    let image = match args.image.engine()? {
+        Some((engine, name)) => Image::save(engine, &name, &args.image, context)?,
+        None => Image::fetch(&args.image, context)?,
+    };
     let new = target.create()?;
     let file = new.file().map_err(|error| new.failed("write", error))?;
     say::info("Extracting image layers...");
@@ -72,6 +79,8 @@ pub fn import(args: &ImportArgs, context: &Context) -> Result<ExitCode, Error> {
 
 /// Runs `load`.
 pub fn load(args: &LoadArgs, context: &Context) -> Result<ExitCode, Error> {
+    // Only registries.
+    args.image.reference()?;
     let name = match &args.name {
         Some(name) => name.clone(),
         None => name_of(&args.image)?.into(),
@@ -93,8 +102,14 @@ struct Image {
     config: ImageConfig,
     source: String,
     layers: Vec<LayerDescriptor>,
-    fetch: Fetch,
+    blobs: Blobs,
     limits: LayerLimits,
+}
+
+/// Where the blobs of the layers are.
+enum Blobs {
+    Registry(Fetch),
+    Engine(Box<LocalImage>),
 }
 
 impl Image {
@@ -110,19 +125,47 @@ impl Image {
         }
         let connections = context.settings.number("ENROOT_MAX_CONNECTIONS").and_then(|number| number.try_into().ok());
         let fetch = Fetch::start(resolved.client, cache, layers.clone(), connections.unwrap_or(CONNECTIONS))?;
-        let import = &context.config.import;
-        let limits = LayerLimits { max_bytes: import.max_layer_bytes, max_entries: import.max_layer_entries };
-        Ok(Self { config: resolved.config, source: wanted.uri.clone(), layers, fetch, limits })
+        let (blobs, limits) = (Blobs::Registry(fetch), limits(context));
+        Ok(Self { config: resolved.config, source: wanted.uri.clone(), layers, blobs, limits })
+    }
+
+    /// From a container engine on this machine.
+    fn save(engine: Engine, name: &str, wanted: &RegistryImage, context: &Context) -> Result<Self, Error> {
+        let image = engine::save(engine, name, &wanted.uri, &wanted.platform()?, &context.settings.temp_path())?;
+        image.warnings.iter().for_each(say::warn);
+        let (config, layers) = (ImageConfig::parse(&image.config_bytes)?, image.layers.clone());
+        let blobs = Blobs::Engine(Box::new(image));
+        Ok(Self { config, source: wanted.uri.clone(), layers, blobs, limits: limits(context) })
     }
 
     fn unpack<S: Sink>(self, sink: S) -> Result<S, Error> {
-        let Self { config, source, layers, mut fetch, limits } = self;
-        Ok(unpack(&layers, &config, &source, limits, |index| fetch.open(index), sink)?)
+        let Self { config, source, layers, blobs, limits } = self;
+        Ok(match blobs {
+            Blobs::Registry(mut fetch) => {
+                unpack((&layers, true), &config, &source, limits, |index| fetch.open(index), sink)?
+            }
+            Blobs::Engine(image) => {
+                let open = |index| {
+                    let unreadable = |failure: Failure| PullError::Write(io::Error::other(failure.into_message()));
+                    image.blob(index).map_err(unreadable)
+                };
+                unpack((&layers, image.has_blob_digests), &config, &source, limits, open, sink)?
+            }
+        })
     }
+}
+
+fn limits(context: &Context) -> LayerLimits {
+    let import = &context.config.import;
+    LayerLimits { max_bytes: import.max_layer_bytes, max_entries: import.max_layer_entries }
 }
 
 /// What an image is called as a file: `nvidia+cuda+12.4`, with the tag if one was named.
 fn name_of(image: &RegistryImage) -> Result<String, Error> {
+    if let Some((_, name)) = image.engine()? {
+        let name = name.strip_prefix("library/").unwrap_or(&name);
+        return Ok(name.replace(['/', ':'], "+"));
+    }
     let reference = image.reference()?;
     let repository = reference.repository_path();
     let name = repository.strip_prefix("library/").unwrap_or(repository).replace('/', "+");
@@ -169,6 +212,8 @@ mod tests {
             ("docker://user@localhost:5000/x/y", "x+y"),
             ("docker://localhost:5000#/x:1", "x+1"),
             ("docker://ubuntu@sha256:ab", "ubuntu+sha256:ab"),
+            ("dockerd://ubuntu", "ubuntu"),
+            ("podman://localhost/x/y:1", "localhost+x+y+1"),
         ] {
             let image = RegistryImage::new(uri);
             assert_eq!(name_of(&image).unwrap(), name, "{uri}");

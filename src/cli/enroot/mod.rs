@@ -8,6 +8,7 @@
 mod bundle;
 mod create;
 mod digest;
+mod engine;
 mod exec;
 mod export;
 mod import;
