@@ -57,6 +57,7 @@ install: $(PLUGIN) $(EXECUTABLE)
 	test -e $(DESTDIR)$(enroot_mount) || ln -sfn pyxis $(DESTDIR)$(enroot_mount)
 	sed -n 's|^required .*|required $(plugin)$(arguments)|p' plugstack.conf.d/pyxis.conf > $(DESTDIR)$(PREFIX)/share/pyxis/.pyxis.conf.new
 	mv -f $(DESTDIR)$(PREFIX)/share/pyxis/.pyxis.conf.new $(DESTDIR)$(PREFIX)/share/pyxis/pyxis.conf
+	$(EXECUTABLE) generate $(DESTDIR)$(PREFIX)/share
 	test -e $(DESTDIR)$(config) || install -m 0644 packaging/pyxis.toml $(DESTDIR)$(config)
 
 $(PLUGIN) $(EXECUTABLE):

@@ -23,12 +23,40 @@ fn install(variables: &[String]) {
     output_of(&mut make).unwrap();
 }
 
-/// Every file below `root` with its mode.
+/// Every file below `root` with its mode, but for man pages and completions.
 fn files(root: &Path) -> BTreeMap<String, u32> {
     let listing =
         output_of(Command::new("find").args([".", "-type", "f", "-printf", "%m %p\\n"]).current_dir(root)).unwrap();
-    let lines = listing.lines().filter_map(|line| line.split_once(" ."));
+    let lines = listing.lines().filter_map(|line| line.split_once(" .")).filter(|(_, path)| !is_generated(path));
     lines.map(|(mode, path)| (path.to_owned(), u32::from_str_radix(mode, 8).unwrap())).collect()
+}
+
+fn is_generated(path: &str) -> bool {
+    ["/man/", "/bash-completion/", "/zsh/", "/fish/"].iter().any(|part| path.contains(part))
+}
+
+/// Man pages and completions of what is installed, for shells that are there to judge.
+#[test]
+fn every_command_has_a_man_page() {
+    let root = tempfile::tempdir().unwrap();
+    install(&[format!("DESTDIR={}", root.path().display())]);
+    let share = root.path().join("usr/share");
+    let help = output_of(Command::new(root.path().join("usr/bin/pyxis")).arg("help")).unwrap();
+    let commands =
+        help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| line.starts_with("  "));
+    let commands: Vec<&str> =
+        commands.filter_map(|line| line.split_whitespace().next()).filter(|name| *name != "help").collect();
+    assert!(commands.contains(&"inspect") && commands.contains(&"import"), "{help}");
+    let completion = fs::read_to_string(share.join("bash-completion/completions/pyxis")).unwrap();
+    for command in commands {
+        let page = share.join(format!("man/man1/pyxis-{command}.1"));
+        assert_eq!(fs::metadata(&page).unwrap().permissions().mode() & 0o777, 0o644, "{command}");
+        assert!(fs::read_to_string(&page).unwrap().contains(".SH DESCRIPTION"), "{command}");
+        assert!(completion.contains(command), "{command}");
+    }
+    output_of(Command::new("bash").arg("-n").arg(share.join("bash-completion/completions/pyxis"))).unwrap();
+    assert!(share.join("zsh/site-functions/_pyxis").is_file());
+    assert!(share.join("fish/vendor_completions.d/pyxis.fish").is_file());
 }
 
 #[test]

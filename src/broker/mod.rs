@@ -58,7 +58,7 @@ use squashfs::FuseServer;
 
 /// What the broker needs of root's privileges: mounting and entering namespaces; making the scratch layer the user's;
 /// becoming the user and the importer, and mapping their ids (SETFCAP: root's own); writing to a store that root owns; ending what it started.
-const CAPABILITIES: CapabilitySet = CapabilitySet::SYS_ADMIN
+pub(crate) const CAPABILITIES: CapabilitySet = CapabilitySet::SYS_ADMIN
     .union(CapabilitySet::SYS_CHROOT)
     .union(CapabilitySet::CHOWN)
     .union(CapabilitySet::SETUID)

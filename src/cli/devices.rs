@@ -48,6 +48,14 @@ pub struct DevicesArgs {
     container_device: Vec<QualifiedName>,
 }
 
+/// For the man page.
+pub const JSON: &str = "\
+One object with two:
+  node       nvidia_driver (its version, or null), gpus (uuid, address, node, allowed, mig), infiniband (name, address,
+             nodes), cdi_directories, cdi_devices (name, file), cdi_problems
+  container  variables (name, value, source: job or image), library_directory, error (why it would not start, or null),
+             device_nodes, hidden, libraries, mounts, files, links, env, hooks, notices, log";
+
 #[derive(Debug, Serialize)]
 struct Report {
     node: Node,

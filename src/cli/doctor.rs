@@ -1,12 +1,15 @@
 //! `pyxis doctor`: what works on this node, one line each, with the remedy for what does not.
 
+mod image;
+
 use std::fs;
-use std::io::{Read, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
+use super::enroot::Context;
+use super::unprivileged;
 use crate::config::Config;
 use crate::container::kept::Containers;
 use crate::image::reference::ImageReference;
@@ -15,19 +18,31 @@ use crate::registry::credentials::no_keys;
 use crate::request::User;
 use crate::rootfs::probe;
 use crate::store::Store;
-use crate::sys;
-use crate::sys::process::{Forked, become_user, exit_now, fork};
 
-/// Check this node: kernel, store, accounts, registries.
+/// Check this node, or the way to an image.
+///
+/// Without IMAGE: kernel, store, accounts, registries. With one: its name, this site's policy, mirrors and registry (DNS,
+/// connection, TLS), credentials, manifest, platform, space; the first that fails says what to do.
 #[derive(Debug, Clone, clap::Args)]
 pub struct DoctorArgs {
     /// Report as JSON
     #[arg(long)]
     json: bool,
+    /// [USER@][REGISTRY#]IMAGE[:TAG]
+    #[arg(value_name = "IMAGE")]
+    image: Option<String>,
 }
 
+/// For the man page.
+pub const JSON: &str = "\
+A list of objects, in the order in which things were looked at:
+  name    what was looked at
+  status  ok, warning (containers work, with less or slower) or failed
+  detail  what was seen
+  remedy  what to do; empty if there is nothing to do";
+
 /// One thing that was looked at.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Check {
     name: String,
     status: Status,
@@ -36,7 +51,7 @@ struct Check {
     remedy: String,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Status {
     Ok,
@@ -68,6 +83,9 @@ impl Check {
 
 /// Prints the checks; fails if one of them did.
 pub fn run(args: &DoctorArgs, path: &Path) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    if let Some(typed) = &args.image {
+        return report(args, &image::checks(typed, &Context::load(path)?));
+    }
     let mut checks = Vec::new();
     let config = match Config::load(path) {
         Ok(config) => {
@@ -92,8 +110,12 @@ pub fn run(args: &DoctorArgs, path: &Path) -> Result<ExitCode, Box<dyn std::erro
     checks.push(account.1);
     checks.extend(registries(&config, account.0));
 
+    report(args, &checks)
+}
+
+fn report(args: &DoctorArgs, checks: &[Check]) -> Result<ExitCode, Box<dyn std::error::Error>> {
     if args.json {
-        println!("{}", serde_json::to_string(&checks)?);
+        println!("{}", serde_json::to_string(checks)?);
     } else {
         checks.iter().for_each(|check| println!("{}", check.line()));
     }
@@ -159,16 +181,9 @@ fn named_containers(config: &Config) -> Check {
 fn importer_account(config: &Config) -> (Option<User>, Check) {
     let name = "import account";
     let wanted = &config.import.user;
-    let found = match wanted.parse::<u32>() {
-        Ok(uid) => nix::unistd::User::from_uid(uid.into()),
-        Err(_) => nix::unistd::User::from_name(wanted),
-    };
-    match found {
-        Ok(Some(account)) => {
-            let user = User { uid: account.uid.as_raw(), gid: account.gid.as_raw(), groups: vec![] };
-            (Some(user), Check::ok(name, wanted.as_str()))
-        }
-        _ => {
+    match unprivileged::account(wanted) {
+        Some(account) => (Some(account), Check::ok(name, wanted.as_str())),
+        None => {
             let remedy = format!("imports run as nobody until: useradd --system --shell /usr/sbin/nologin {wanted}");
             (None, Check::bad(name, Status::Warning, format!("there is no user {wanted}"), remedy))
         }
@@ -193,7 +208,8 @@ fn registries(config: &Config, account: Option<User>) -> Vec<Check> {
                 false => format!("registry {name}"),
             };
             let client = Client::new(endpoint, settings.network, no_keys(), None);
-            checks.push(match unprivileged(account.as_ref(), || client.ping().err().map(|error| error.to_string())) {
+            let answer = unprivileged::run(account.as_ref(), || client.ping().err().map(|error| error.to_string()));
+            checks.push(match answer.unwrap_or_else(|error| Some(crate::sys::reason(error))) {
                 None => Check::ok(&title, "answers"),
                 // Behind a mirror the registry itself need not be reachable, and a site may use others only.
                 Some(error) => {
@@ -205,38 +221,6 @@ fn registries(config: &Config, account: Option<User>) -> Vec<Check> {
         }
     }
     checks
-}
-
-/// What `work` returns, done in a process without root's privileges: it talks to the network.
-fn unprivileged(account: Option<&User>, work: impl FnOnce() -> Option<String>) -> Option<String> {
-    let nobody = User { uid: 65534, gid: 65534, groups: vec![] };
-    let attempt = || -> std::io::Result<Option<String>> {
-        let (mut result, mut report) = std::io::pipe()?;
-        // SAFETY: this program has one thread: what starts some does so in children like this one.
-        match unsafe { fork(0) }? {
-            Forked::Child => {
-                drop(result);
-                let identity = match rustix::process::geteuid().is_root() {
-                    true => become_user(account.unwrap_or(&nobody)),
-                    false => Ok(()),
-                };
-                let text = match identity {
-                    Ok(()) => work(),
-                    Err(error) => Some(sys::reason(error)),
-                };
-                let _ = report.write_all(text.unwrap_or_default().as_bytes());
-                exit_now(0)
-            }
-            Forked::Parent(child) => {
-                drop(report);
-                let mut text = String::new();
-                result.read_to_string(&mut text)?;
-                let _ = rustix::process::waitpid(Some(child), rustix::process::WaitOptions::empty());
-                Ok((!text.is_empty()).then_some(text))
-            }
-        }
-    };
-    attempt().unwrap_or_else(|error| Some(sys::reason(error)))
 }
 
 #[cfg(test)]

@@ -24,6 +24,17 @@ pub struct GcArgs {
     pub json: bool,
 }
 
+/// For the man page.
+pub const JSON: &str = "\
+One object:
+  removed          digests of the layers removed, the longest unused first
+  freed_bytes      bytes that they took
+  kept_layers      layers that stay, with those in use
+  kept_bytes       bytes that they take
+  in_use_layers    layers that should go, and are in use
+  removed_records  leftovers and forgotten records removed
+  problems         list of lines: what could not be removed";
+
 /// Runs the command. Prints the report; the error is one line for the caller to print.
 pub fn run(
     args: &GcArgs,

@@ -2,11 +2,18 @@
 //! own so that they stay off the path through the command-line parser. Called `enroot`, it is enroot.
 
 mod devices;
+mod docker_config;
 mod doctor;
 mod enroot;
 pub mod gc;
+mod generate;
+mod inspect;
+mod login;
+mod prompt;
+mod pull;
 mod run;
 mod supervise;
+mod unprivileged;
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
@@ -60,12 +67,23 @@ struct Arguments {
 enum Command {
     /// Run a command in a container of an image, as a step of Slurm would
     Run(run::RunArgs),
-    /// Check this node: kernel, store, accounts, registries
+    /// Bring images into this node's store
+    Pull(pull::PullArgs),
+    /// Show what an image is made of
+    Inspect(inspect::InspectArgs),
+    /// Keep a password for a registry, after checking it
+    Login(login::LoginArgs),
+    /// Forget the password for a registry
+    Logout(login::LogoutArgs),
+    /// Check this node, or the way to an image
     Doctor(doctor::DoctorArgs),
     /// Show the devices of this node, and what of them a container would get
     Devices(devices::DevicesArgs),
     /// Remove layers that no job uses from the store
     Gc(gc::GcArgs),
+    /// Write man pages and shell completions
+    #[command(hide = true)]
+    Generate(generate::GenerateArgs),
     #[command(flatten)]
     Enroot(enroot::Command),
 }
@@ -108,6 +126,11 @@ fn typed() -> ExitCode {
     };
     let result = match arguments.command {
         Command::Run(run) => run::run(&run, &arguments.config),
+        Command::Pull(pull) => pull::run(&pull, &arguments.config),
+        Command::Inspect(inspect) => inspect::run(&inspect, &arguments.config),
+        Command::Login(login) => login::login(&login, &arguments.config),
+        Command::Logout(logout) => login::logout(&logout, &arguments.config),
+        Command::Generate(generate) => generate::run(&generate),
         Command::Doctor(doctor) => doctor::run(&doctor, &arguments.config),
         Command::Devices(devices) => devices::run(&devices, &arguments.config),
         Command::Gc(gc) => collect(&gc, &arguments.config),

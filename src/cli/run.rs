@@ -94,13 +94,14 @@ pub fn run(args: &RunArgs, config: &Path) -> Result<ExitCode, Error> {
     Ok(ExitCode::from(in_child(program, |error: Error| eprintln!("pyxis: {error}"))?))
 }
 
-fn join(mut name: OsString, value: OsString) -> Vec<u8> {
+pub(super) fn join(mut name: OsString, value: OsString) -> Vec<u8> {
     name.push("=");
     name.push(value);
     name.into_vec()
 }
 
-fn look_up(user: &str) -> Result<User, Error> {
+/// The account with this name or number, with its groups.
+pub(super) fn look_up(user: &str) -> Result<User, Error> {
     let found = match user.parse::<u32>() {
         Ok(uid) => nix::unistd::User::from_uid(uid.into())?,
         Err(_) => nix::unistd::User::from_name(user)?,

@@ -371,7 +371,9 @@ impl Authenticator {
         let own_scope = format!("repository:{}:pull", self.endpoint.repository);
         let scope = challenge.parameter("scope").filter(|scope| !scope.is_empty()).unwrap_or(&own_scope);
         let service = challenge.parameter("service").map(|service| ("service", service));
-        let parameters = service.into_iter().chain([("scope", scope)]);
+        // To log in, no access to anything is asked for.
+        let scope = Some(("scope", scope)).filter(|_| !self.endpoint.repository.is_empty());
+        let parameters = service.into_iter().chain(scope);
         if let Some(identity) = credential.as_ref().filter(|credential| credential.kind == Kind::IdentityToken) {
             let mut form = Zeroizing::new(String::from("grant_type=refresh_token"));
             let own = [("client_id", "pyxis"), ("refresh_token", identity.secret.reveal())];

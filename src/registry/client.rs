@@ -75,7 +75,7 @@ impl Client {
     }
 
     /// Whether the registry has asked who we are, and believed it.
-    pub(super) fn is_authenticated(&self) -> bool {
+    pub fn is_authenticated(&self) -> bool {
         self.auth.was_asked()
     }
 
@@ -150,6 +150,14 @@ impl Client {
         let url = http::url(&self.endpoint.host, self.endpoint.insecure, "/v2/")?;
         self.http.send(&Method::GET, &url, &HeaderMap::new(), None, Redirects::Return, "the registry's base")?;
         Ok(())
+    }
+
+    /// Presents our credentials to the registry as such, if it wants some.
+    pub(super) fn authenticate(&self) -> Result<(), RegistryError> {
+        let url = http::url(&self.endpoint.host, self.endpoint.insecure, "/v2/")?;
+        let what = "the registry's base".to_owned();
+        let ask = Ask { method: Method::GET, url, headers: HeaderMap::new(), redirects: Redirects::Follow, what };
+        self.send(&ask, &mut self.backoff()).map(drop)
     }
 
     /// The error for bytes that are not what was asked for.

@@ -320,7 +320,7 @@ impl RegistryError {
     }
 
     /// This user may not have it.
-    pub(super) fn is_denied(&self) -> bool {
+    pub fn is_denied(&self) -> bool {
         matches!(
             self,
             Self::CredentialsMissing { .. }

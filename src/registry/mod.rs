@@ -12,6 +12,7 @@ pub mod containers;
 pub mod credentials;
 pub mod error;
 mod http;
+pub mod login;
 pub mod names;
 pub mod resolve;
 mod retry;

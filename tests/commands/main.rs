@@ -8,6 +8,8 @@ mod create;
 mod export;
 mod images;
 mod imports;
+mod inspect;
+mod login;
 mod start;
 mod tree;
 mod world;

@@ -29,6 +29,7 @@ mod options;
 mod packages;
 mod policy;
 mod progress;
+mod pull;
 mod registries;
 mod relay;
 mod save;
@@ -73,6 +74,7 @@ fn main() -> ExitCode {
         ("progress", progress::CASES),
         ("registries", registries::CASES),
         ("policy", policy::CASES),
+        ("pull", pull::CASES),
         ("sources", sources::CASES),
         ("importer", importer::CASES),
         ("squashfs", squashfs::CASES),

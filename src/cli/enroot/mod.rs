@@ -29,8 +29,9 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::config::{self, Config};
+use crate::config::{self, Config, RegistryConfig};
 use crate::enroot::conf::{EnrootConf, Identity};
+use crate::image::reference::ImageReference;
 use crate::request::Environment;
 
 /// The version whose behaviour the commands have.
@@ -89,15 +90,35 @@ pub enum Command {
 
 /// What every command works with.
 #[derive(Debug)]
-struct Context {
+pub struct Context {
     /// Registries and limits of the site.
-    config: Config,
+    pub config: Config,
     /// `ENROOT_*`.
     settings: EnrootConf,
     /// The process's.
-    environment: Environment,
+    pub environment: Environment,
     /// Who runs the command.
     identity: Identity,
+}
+
+impl Context {
+    /// For a command that was just started, with the configuration at `path`.
+    pub fn load(path: &Path) -> Result<Self, Error> {
+        let environment: Environment = std::env::vars_os().map(|(name, value)| settings::join(name, value)).collect();
+        let (config, identity) = (Config::load(path)?, settings::identity()?);
+        let settings = settings::load(&config, &environment, &identity)?;
+        Ok(Self { config, settings, environment, identity })
+    }
+
+    /// How the registry of `reference` is reached.
+    pub fn registries(&self, reference: &ImageReference) -> RegistryConfig {
+        settings::registries(self.config.registries(), &self.settings, reference)
+    }
+
+    /// The user's home directory.
+    pub fn home(&self) -> &Path {
+        Path::new(self.environment.get_str("HOME").unwrap_or(&self.identity.home))
+    }
 }
 
 /// Whether `word` is a command of enroot's.
@@ -130,15 +151,8 @@ pub fn run(command: Command, config: &Path, called_as: CalledAs) -> ExitCode {
     })
 }
 
-fn context(config: &Path) -> Result<Context, Error> {
-    let environment: Environment = std::env::vars_os().map(|(name, value)| settings::join(name, value)).collect();
-    let (config, identity) = (Config::load(config)?, settings::identity()?);
-    let settings = settings::load(&config, &environment, &identity)?;
-    Ok(Context { config, settings, environment, identity })
-}
-
 fn dispatch(command: Command, config: &Path, called_as: CalledAs) -> Result<ExitCode, Error> {
-    let context = || context(config);
+    let context = || Context::load(config);
     match command {
         Command::Import(args) => import::import(&args, &context()?),
         Command::Load(args) => import::load(&args, &context()?),

@@ -12,7 +12,7 @@ use clap::Parser;
 
 use super::format::{self, Bundle};
 use crate::cli::enroot::start::{StartOptions, Target, start};
-use crate::cli::enroot::{Context, Error, context, say, usage};
+use crate::cli::enroot::{Context, Error, say, usage};
 use crate::cli::supervise::in_child;
 use crate::config::DEFAULT_PATH;
 use crate::import::LayerLimits;
@@ -76,7 +76,7 @@ fn run(arguments: &Arguments, bundle: &Bundle) -> Result<ExitCode, Error> {
     if arguments.info {
         return show(bundle, &image()?);
     }
-    let context = context(Path::new(DEFAULT_PATH))?;
+    let context = Context::load(Path::new(DEFAULT_PATH))?;
     if arguments.verify {
         return verify(bundle, &context);
     }

@@ -1,0 +1,109 @@
+//! `pyxis pull`, and what root sees with `inspect` and `doctor`.
+
+use anyhow::{Result, ensure};
+use serde_json::{Value, json};
+use testbed::{Output, process, wait};
+
+use crate::Case;
+use crate::world::World;
+
+pub const CASES: &[Case] = &[
+    ("pull_fills_the_store", fills_the_store),
+    ("pull_says_what_failed", says_what_failed),
+    ("pull_is_for_root", for_root),
+    ("pull_obeys_the_policy", policy),
+];
+
+/// Runs `pyxis ARGUMENTS` as root on node1.
+fn pyxis(world: &World, arguments: &[&str]) -> Result<Output> {
+    let program = world.bed.pyxis.executable.display().to_string();
+    let mut command = world.bed.cluster.nodes()[0].command(&program);
+    command.arg("--config").arg(&world.bed.pyxis.config).args(arguments);
+    process::run(&mut command, wait::DEADLINE)
+}
+
+fn json(output: &Output) -> Result<Value> {
+    Ok(serde_json::from_str(&output.stdout)?)
+}
+
+fn fills_the_store(world: &mut World) -> Result<()> {
+    let usual = world.configuration();
+    // However full the machine is: what nothing uses stays.
+    let store = "[store]\nwatermarks = { high = \"100%\", low = \"99%\" }\n";
+    world.bed.pyxis.configure(&format!("{usual}{store}"))?;
+    let result = pull_and_look(world);
+    world.bed.pyxis.configure(&usual)?;
+    result
+}
+
+fn pull_and_look(world: &World) -> Result<()> {
+    let images = [world.new_image(1 << 20)?, world.new_image(1 << 20)?, world.new_image(1 << 20)?];
+    let names: Vec<&str> = images.iter().map(String::as_str).collect();
+    let before = json(&pyxis(world, &["inspect", "--json", names[0]])?.success()?)?;
+    assert_eq!(before["layers"][0]["stored"], json!(false));
+    let pulled = pyxis(world, &[&["pull", "--json"], &names[..]].concat())?.success()?;
+    let report = json(&pulled)?;
+    for (at, name) in names.iter().enumerate() {
+        let digest = world.bed.hub.digest(&format!("library/{name}"))?;
+        assert_eq!((&report[at]["image"], &report[at]["digest"]), (&json!(name), &json!(digest)));
+        assert_eq!((&report[at]["downloaded"], &report[at]["error"]), (&report[at]["layers"], &Value::Null));
+        for line in ["importing", "imported"] {
+            ensure!(pulled.stderr.contains(&format!("pyxis: {line} docker image: {name}\n")), "{pulled}");
+        }
+    }
+    let after = json(&pyxis(world, &["inspect", "--json", names[0]])?.success()?)?;
+    assert_eq!(after["layers"][0]["stored"], json!(true));
+    // Nothing is left to download, for root and for a user, who is asked for all the same.
+    for options in [&["pull", "--json"][..], &["pull", "--json", "--user", "pyxis-test-1"]] {
+        let report = json(&pyxis(world, &[options, &names[..1]].concat())?.success()?)?;
+        assert_eq!((&report[0]["downloaded"], &report[0]["bytes"]), (&json!(0), &json!(0)));
+    }
+    let image = format!("--container-image={}", names[1]);
+    assert_eq!(world.sh(&["-w", "node1", &image], "wc -c </payload")?, (1 << 20).to_string());
+    let checks = json(&pyxis(world, &["doctor", "--json", names[0]])?.success()?)?;
+    let space = checks.as_array().and_then(|checks| checks.last().cloned()).unwrap_or_default();
+    assert_eq!((&space["name"], &space["status"]), (&json!("space"), &json!("ok")));
+    Ok(())
+}
+
+fn says_what_failed(world: &mut World) -> Result<()> {
+    let output = pyxis(world, &["pull", "--json", "no-such-image", "alpine", "--parallel=1"])?;
+    assert_eq!(output.code(), 1);
+    let report = json(&output)?;
+    ensure!(report[0]["error"].as_str().is_some_and(|error| error.contains("not found")), "{output}");
+    ensure!(report[1]["error"].is_null() && report[1]["digest"].is_string(), "{output}");
+    ensure!(output.stderr.contains("pyxis: failed to import docker image: no-such-image: "), "{output}");
+    // A user's credentials, not root's.
+    let private = format!("{}/team/private:users", world.private.host());
+    let output = pyxis(world, &["pull", "--user=pyxis-test-2", &private])?;
+    ensure!(output.code() == 1 && output.stderr.contains("pyxis-test-2/"), "{output}");
+    for image in ["./x.sqsh", "Not An Image"] {
+        let output = pyxis(world, &["pull", image])?;
+        ensure!(output.code() == 1 && output.stderr.lines().count() == 1, "{output}");
+    }
+    Ok(())
+}
+
+fn for_root(world: &mut World) -> Result<()> {
+    let mut command = world.user(0).command(&world.bed.pyxis.executable);
+    command.arg("--config").arg(&world.bed.pyxis.config).args(["pull", "alpine"]);
+    let output = process::run(&mut command, wait::DEADLINE)?;
+    ensure!(output.code() == 1 && output.stderr.lines().count() == 1, "{output}");
+    ensure!(output.stderr.contains("which is root's") && output.stderr.contains("pyxis import"), "{output}");
+    Ok(())
+}
+
+fn policy(world: &mut World) -> Result<()> {
+    let usual = world.configuration();
+    let rules = "[[policy]]\naction = \"deny\"\nrepository = [\"library/alpine\"]\nuser = [\"root\"]\n";
+    world.bed.pyxis.configure(&format!("{usual}{rules}"))?;
+    let pulled = pyxis(world, &["pull", "alpine"]);
+    let others = pyxis(world, &["pull", "--user=pyxis-test-1", "alpine"]);
+    let doctor = pyxis(world, &["doctor", "alpine"]);
+    world.bed.pyxis.configure(&usual)?;
+    let (pulled, doctor) = (pulled?, doctor?);
+    let why = "image docker.io/library/alpine:latest is denied by rule 1 of this site's policy";
+    ensure!(pulled.code() == 1 && pulled.stderr.contains(why), "{pulled}");
+    ensure!(doctor.code() == 1 && doctor.stdout.contains(&format!("FAILED   policy: {why}; ")), "{doctor}");
+    others?.success().map(drop)
+}
