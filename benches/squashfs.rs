@@ -12,13 +12,17 @@ use anyhow::{Context, Result};
 use testbed::install::Build;
 use testbed::{ClusterOptions, Testbed, images, process, wait};
 
-/// Rounds of each comparison.
+/// Rounds of each comparison, unless `PYXIS_BENCH_ROUNDS` says so.
 const ROUNDS: usize = 7;
 /// Least bytes of what is in the file.
 const LARGE: u64 = 2 << 30;
 const MODES: [&str; 3] = ["fuse", "kernel", "convert"];
 /// Reads every byte of the image.
 const READ_ALL: &str = "find / -xdev -type f -exec cat {} + 2>/dev/null | wc -c";
+
+fn rounds() -> usize {
+    std::env::var("PYXIS_BENCH_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(ROUNDS)
+}
 
 fn main() -> ExitCode {
     match bench() {
@@ -48,9 +52,10 @@ fn bench() -> Result<()> {
         process::output_of(&mut command).map(drop)
     };
     println!(
-        "A squashfs file of {:.1} GiB (zstd), at least {:.1} GiB unpacked; medians of {ROUNDS} rounds.\n",
+        "A squashfs file of {:.1} GiB (zstd), at least {:.1} GiB unpacked; medians of {} rounds.\n",
         gib(size),
-        gib(LARGE)
+        gib(LARGE),
+        rounds()
     );
     println!("| | bare step | unsquashfs | {} |", MODES.join(" | "));
     println!("| --- | ---: | ---: | ---: | ---: | ---: |");
@@ -68,7 +73,7 @@ fn bench() -> Result<()> {
     let mut again = Series::new("the next step");
     let mut reading = Series::new("a step that reads all of it");
     // The first round fills caches.
-    for round in 0..=ROUNDS {
+    for round in 0..=rounds() {
         let bare = bare()?;
         let unpacked = unpack()?;
         let (mut firsts, mut nexts, mut readings) = (vec![bare, unpacked], vec![bare, f64::NAN], vec![bare, f64::NAN]);

@@ -18,10 +18,14 @@ use testbed::{ClusterOptions, Running, Testbed, images, process, wait};
 
 /// Libraries of a device.
 const LIBRARIES: usize = 60;
-/// Rounds of each comparison.
+/// Rounds of each comparison, unless `PYXIS_BENCH_ROUNDS` says so.
 const ROUNDS: usize = 60;
 /// Unpacked size of the large image.
 const LARGE: u64 = 2 << 30;
+
+fn rounds() -> usize {
+    std::env::var("PYXIS_BENCH_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(ROUNDS)
+}
 
 fn main() -> ExitCode {
     match bench() {
@@ -39,7 +43,9 @@ fn bench() -> Result<()> {
     let bed = Testbed::start(&format!("bench-{}", std::process::id()), &build, &options)?;
     bed.hub.push(&images::busybox(&bed.site.make_directory("state/alpine")?)?, "library/alpine:latest")?;
     bed.hub.push(&images::large(LARGE)?, "library/large:latest")?;
-    // Into the store.
+    // Into the store, to stay there: a disk that is nearly full would have each image make room for the other.
+    let stay = "[store]\nwatermarks = { high = \"99%\", low = \"98%\" }\n";
+    bed.pyxis.configure(&(testbed::install::hub_mirror(&bed.hub.host()) + stay))?;
     for image in ["alpine", "large"] {
         bed.cluster.srun([&format!("--container-image={image}"), "true"])?.success()?;
     }
@@ -51,7 +57,7 @@ fn bench() -> Result<()> {
     devices(&bed)?;
     plugin_alone(&bed)?;
     runtimes(&bed)?;
-    println!("\nMedians of {ROUNDS} alternating runs; CPU is the mean of the whole machine's, idle time left out.");
+    println!("\nMedians of {} alternating runs; CPU is the mean of the whole machine's, idle time left out.", rounds());
     println!("Size of the plugin, stripped: {:.2} MiB.", plugin as f64 / f64::from(1 << 20));
     Ok(())
 }
@@ -89,7 +95,7 @@ fn median(values: &[f64]) -> f64 {
 /// Runs all in turns and prints a line for each against the first.
 fn compare(contenders: &mut [Contender<'_>]) -> Result<()> {
     // The first round of each fills caches.
-    for round in 0..=ROUNDS {
+    for round in 0..=rounds() {
         for contender in contenders.iter_mut() {
             contender.round().with_context(|| contender.name.clone())?;
             if round == 0 {
@@ -101,7 +107,7 @@ fn compare(contenders: &mut [Contender<'_>]) -> Result<()> {
     let Some((baseline, others)) = contenders.split_first() else { return Ok(()) };
     for other in others {
         let differences: Vec<_> = other.wall.iter().zip(&baseline.wall).map(|(with, without)| with - without).collect();
-        let (with, without, rounds) = (median(&other.wall), median(&baseline.wall), ROUNDS as f64);
+        let (with, without, rounds) = (median(&other.wall), median(&baseline.wall), rounds() as f64);
         println!(
             "| {} against {} | {without:.1} ms | {with:.1} ms | {:+.1} ms | {:.2} | {:.1} ms | {:.1} ms |",
             other.name,

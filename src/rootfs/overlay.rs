@@ -100,6 +100,9 @@ pub fn mount(
     let (upper_path, new, options) = match upper {
         // volatile: the upper layer never outlives the container, so nothing is gained by syncing it.
         Upper::Scratch(_) => ("u", true, "upperdir=u,workdir=w,volatile,redirect_dir=on"),
+        // Not volatile: it has to outlive the node's crash, and an fsync in the container means something. So the kernel
+        // syncs the upper layer's file system when the last process has left, which is init: no task waits for that, only
+        // the next step of that name.
         // What index adds would tie the upper layer to one mount of its lower ones, and leaves files that are not the user's.
         Upper::Kept { new, .. } => ("k/upper", new, "upperdir=k/upper,workdir=k/work,redirect_dir=on,index=off"),
     };

@@ -17,6 +17,7 @@ pub const CASES: &[Case] = &[
     ("pty_input_and_exit_code", pty_input),
     ("batch_script_runs_inside", batch),
     ("salloc_passes_the_image_on", salloc),
+    ("requeued", requeued),
     ("steps_of_a_batch_job", steps_of_a_batch_job),
     ("many_steps_at_once", many_steps),
     ("many_jobs_of_two_users_at_once", many_jobs),
@@ -123,6 +124,43 @@ fn batch(world: &mut World) -> Result<()> {
     let (code, text) = submit(world, &["--container-image=no-such-image"], "#!/bin/sh\necho it ran\n")?;
     ensure!(code != 0 && !text.contains("it ran"), "{code}: {text}");
     ensure!(text.contains("pyxis: failed to import docker image: no-such-image"), "{text}");
+    Ok(())
+}
+
+/// The second run of a job is refused nothing; what the first has written is there if the container has a name.
+fn requeued(world: &mut World) -> Result<()> {
+    let work = world.make_directory(0, "work/requeued")?;
+    let mount = format!("--container-mounts={}", work.display());
+    let name = format!("--container-name={}", crate::named::new_name());
+    for (options, expected) in [(&[][..], "run 0\nrun 1\n"), (&[name.as_str()], "run 0\nrun 1\nof the first\n")] {
+        let (file, log) = (work.join("script.sh"), work.join("log"));
+        let script = format!(
+            "#!/bin/sh\nexec >>{log} 2>&1\necho run ${{SLURM_RESTART_COUNT:-0}}\n\
+             [ -n \"$SLURM_RESTART_COUNT\" ] || {{ echo of the first >/root/file; exec sleep 1000; }}\n\
+             [ ! -e /root/file ] || cat /root/file\necho end >{end}\n",
+            log = log.display(),
+            end = work.join("end").display(),
+        );
+        fs::write(&file, script)?;
+        world.user(0).own(&file)?;
+        let path = file.display().to_string();
+        let fixed =
+            ["--parsable", "--requeue", "-w", "node1", "--output=/dev/null", IMAGE, "--container-writable", &mount];
+        let arguments = [&fixed[..], options, &[&path]].concat();
+        let job = process::output_of(&mut world.bed.cluster.command(0, "sbatch", arguments))?;
+        let job = job.trim();
+        let text = || fs::read_to_string(&log).unwrap_or_default();
+        wait::until("the first run", wait::DEADLINE, || text().contains("run 0").then_some(()))?;
+        world.bed.cluster.admin("scontrol", ["requeue", job])?;
+        // Slurm lets requeued jobs wait for some minutes.
+        wait::until("the second run", wait::DEADLINE * 2, || {
+            let _ = world.bed.cluster.admin("scontrol", ["update", &format!("JobId={job}"), "StartTime=now"]);
+            work.join("end").exists().then_some(())
+        })?;
+        assert_eq!(text(), expected, "{options:?}");
+        fs::remove_file(log)?;
+        fs::remove_file(work.join("end"))?;
+    }
     Ok(())
 }
 
