@@ -50,7 +50,7 @@ def files():
     binaries = [path for path in found.values() if ".so" in path or os.access(path, os.X_OK)]
     # What PyTorch wants of the system, beside what its packages bring.
     extra = ["libstdc++.so.6", "libgcc_s.so.1", "libgomp.so.1", "libz.so.1", "libnuma.so.1",
-             "libpthread.so.0", "libdl.so.2", "librt.so.1", "libm.so.6"]
+             "libpthread.so.0", "libdl.so.2", "librt.so.1", "libm.so.6", "libutil.so.1"]
     multiarch = "/usr/lib/" + sysconfig.get_config_var("MULTIARCH")
     binaries += [os.path.join(multiarch, name) for name in extra if os.path.exists(os.path.join(multiarch, name))]
     for binary in binaries:

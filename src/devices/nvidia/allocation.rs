@@ -45,7 +45,7 @@ impl Allocation {
         // Tasks can have cgroups of their own (`--gpus-per-task`), and share the container.
         let of_one_task = is_constrained && step.is_some_and(|step| step.local_tasks > 1);
         // Slurm's numbers of parts of GPUs are not those of device nodes.
-        if driver.gpus.iter().any(|gpu| gpu.is_divided) {
+        if driver.gpus.iter().any(Gpu::is_divided) {
             return if of_one_task { Self { refused: DeviceAccess::default(), ..own } } else { own };
         }
         let given = step.and_then(|step| given(host, step.step_id, job));
@@ -114,7 +114,7 @@ mod tests {
     fn gpu(minor: u32) -> Gpu {
         let directory = format!("0000:{:02x}:00.0", 0x10 * (minor + 1));
         let bus = BusId::parse(&directory).unwrap();
-        Gpu { bus, directory, uuid: None, minor, is_divided: false, instances: vec![] }
+        Gpu { bus, directory, uuid: None, minor, instances: vec![] }
     }
 
     fn allocation(step: Option<u32>, job: &[&str], conf: Option<&str>, refused: &[u32]) -> (Allocation, Vec<u32>) {

@@ -36,9 +36,7 @@ pub struct Gpu {
     pub uuid: Option<String>,
     /// `/dev/nvidiaN`.
     pub minor: u32,
-    /// Whether it is divided (multi-instance GPU), maybe into no instances.
-    pub is_divided: bool,
-    /// Its compute instances.
+    /// Its compute instances, if it is divided (multi-instance GPU).
     pub instances: Vec<Instance>,
 }
 
@@ -135,7 +133,12 @@ impl Gpu {
         let uuid =
             uuid.and_then(|uuid| Some(format!("GPU-{}", uuid.strip_prefix("gpu-").filter(|rest| is_uuid(rest))?)));
         let minor = field("Device Minor")?.parse().ok()?;
-        Some(Self { bus, directory, uuid, minor, is_divided: false, instances: Vec::new() })
+        Some(Self { bus, directory, uuid, minor, instances: Vec::new() })
+    }
+
+    /// Whether there are parts of it. A GPU that could be divided, and is not, has a directory for them, too.
+    pub fn is_divided(&self) -> bool {
+        !self.instances.is_empty()
     }
 
     /// Its device node.
@@ -160,7 +163,6 @@ impl Gpu {
             found
         };
         let gpu_instances = numbered(host.names(&directory), "gi");
-        self.is_divided = !gpu_instances.is_empty() || host.is_directory(&directory);
         let minor = |path: &str| parse_minor(&host.read_text(path, MAX_FILE).ok()?);
         for (gpu_instance, name) in gpu_instances {
             let directory = format!("{directory}/{name}");

@@ -177,8 +177,7 @@ mod tests {
         let host = Host::at(directory.path());
         let instance = Instance { gpu_instance: 1, compute_instance: 0, capabilities: [12, 13] };
         let bus = BusId::parse("06:00.0").unwrap();
-        let gpu =
-            Gpu { bus, directory: String::new(), uuid: None, minor: 0, is_divided: true, instances: vec![instance] };
+        let gpu = Gpu { bus, directory: String::new(), uuid: None, minor: 0, instances: vec![instance] };
         let driver = Driver { version: "580.1".into(), gpus: vec![gpu] };
         let first = key(&host, &driver);
         assert_eq!(first, " 580.1 00000000:06:00.0=?/1.0");

@@ -235,8 +235,7 @@ mod tests {
                 _ => vec![],
             };
             let bus = BusId::parse(&directory).unwrap();
-            let is_divided = !instances.is_empty();
-            Gpu { bus, directory, uuid: Some(uuid(minor)), minor, is_divided, instances }
+            Gpu { bus, directory, uuid: Some(uuid(minor)), minor, instances }
         };
         Driver { version: "580.1".into(), gpus: [(1, 0), (2, 1), (0x41, 3), (0xc1, 2)].map(gpu).into() }
     }

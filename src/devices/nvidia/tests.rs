@@ -50,6 +50,8 @@ impl Node {
                 "GPU UUID: \t {uuid}\nBus Location: \t {directory}\nDevice Minor: \t {minor}\nGPU Excluded:\t No\n"
             );
             node.write(&format!("{PROC}/gpus/{directory}/information"), &text);
+            // Of GPUs that could be divided, and are not.
+            std::fs::create_dir_all(node.path(&format!("{PROC}/capabilities/gpu{minor}/mig"))).unwrap();
         }
         for name in ["nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools"] {
             node.write(&format!("/dev/{name}"), "");

@@ -49,11 +49,14 @@ fn registries_take_images_and_ask_for_passwords() {
     let site = Site::create(&format!("registry-{}", std::process::id())).unwrap();
     let open = Registry::start(&site, "open", RegistryOptions::default()).unwrap();
     let account = Account { user: "somebody".into(), password: "secret word".into() };
-    let options = RegistryOptions { accounts: vec![account.clone()], tls: false, tokens: true };
+    let options = RegistryOptions { accounts: vec![account.clone()], tokens: true, ..RegistryOptions::default() };
     let with_tokens = Registry::start(&site, "tokens", options).unwrap();
-    let closed =
-        Registry::start(&site, "closed", RegistryOptions { accounts: vec![account.clone()], tls: true, tokens: false })
-            .unwrap();
+    let closed = Registry::start(
+        &site,
+        "closed",
+        RegistryOptions { accounts: vec![account.clone()], tls: true, ..RegistryOptions::default() },
+    )
+    .unwrap();
 
     let mixed = [Compression::Gzip, Compression::Zstd, Compression::None];
     let trees = images::feature_trees(&site.path("trees"), 500).unwrap();
