@@ -65,7 +65,10 @@ impl PinnedMounts for NoMounts {
 fn step(store: &Path, image: &str, connections: &str) -> Result<()> {
     let reference = ImageReference::parse(image)?;
     let mut settings = ImportSettings { executable: env!("CARGO_BIN_EXE_pyxis").into(), ..ImportSettings::default() };
-    settings.registries.registry.insert(reference.registry.clone(), RegistryEntry { insecure: true, mirrors: vec![] });
+    settings
+        .registries
+        .registry
+        .insert(reference.registry.clone(), RegistryEntry { insecure: true, ..RegistryEntry::default() });
     settings.registries.network.blob_connections = connections.parse()?;
     let user = User { uid: UID, gid: UID, groups: vec![] };
     let request = AcquireRequest { user: &user, reference: &reference, environment: &Environment::default() };
