@@ -35,6 +35,8 @@ pub struct BlobReader<C> {
     backoff: Backoff,
     /// Where the present run of tries began to count.
     counted_from: u64,
+    /// Connections that were lost.
+    breaks: u32,
 }
 
 /// An open answer, and how fast it comes.
@@ -65,7 +67,13 @@ impl<C: Deref<Target = Client>> BlobReader<C> {
             body: None,
             backoff,
             counted_from: range.start,
+            breaks: 0,
         }
+    }
+
+    /// Connections that were lost so far.
+    pub(super) fn breaks(&self) -> u32 {
+        self.breaks
     }
 
     fn is_part(&self) -> bool {
@@ -161,6 +169,7 @@ impl<C: Deref<Target = Client>> BlobReader<C> {
     /// The connection is lost: whether to go on with another.
     fn try_again(&mut self, host: &str, reason: &TransportReason) -> bool {
         self.body = None;
+        self.breaks += 1;
         if self.position - self.counted_from >= PROGRESS {
             self.backoff.reset();
         }

@@ -37,6 +37,8 @@ pub struct BlobStream {
     rate: Rate,
     /// Whether more connections may still be tried.
     may_grow: bool,
+    /// Connections that were lost when the rate began to be measured.
+    breaks: u32,
 }
 
 #[derive(Debug)]
@@ -57,7 +59,7 @@ impl BlobStream {
     pub(super) fn new(client: Arc<Client>, blob: &Descriptor) -> Self {
         let source = Source::One(BlobReader::new(Arc::clone(&client), blob, 0..blob.size));
         let may_grow = client.network().blob_connections > 1;
-        Self { client, blob: blob.clone(), position: 0, source, rate: Rate::begin(), may_grow }
+        Self { client, blob: blob.clone(), position: 0, source, rate: Rate::begin(), may_grow, breaks: 0 }
     }
 
     fn alone(&self) -> Source {
@@ -67,6 +69,11 @@ impl BlobStream {
     /// Looks at the rate, now and then, and draws the consequences.
     fn adapt(&mut self) {
         match &self.source {
+            // Time that is spent on getting a connection again says nothing about the rate of one.
+            Source::One(one) if one.breaks() != self.breaks => {
+                self.breaks = one.breaks();
+                self.rate = Rate::begin();
+            }
             Source::One(_) if self.may_grow => {
                 if let Some((rate, waiting)) = self.rate.sample()
                     && waiting >= WAITING

@@ -152,8 +152,8 @@ fn requeued(world: &mut World) -> Result<()> {
         let text = || fs::read_to_string(&log).unwrap_or_default();
         wait::until("the first run", wait::DEADLINE, || text().contains("run 0").then_some(()))?;
         world.bed.cluster.admin("scontrol", ["requeue", job])?;
-        // Slurm lets requeued jobs wait for some minutes.
-        wait::until("the second run", wait::DEADLINE * 2, || {
+        // Slurm lets requeued jobs wait for some minutes, and longer where it is busy.
+        wait::until("the second run", wait::DEADLINE * 8, || {
             let _ = world.bed.cluster.admin("scontrol", ["update", &format!("JobId={job}"), "StartTime=now"]);
             work.join("end").exists().then_some(())
         })?;
