@@ -115,7 +115,7 @@ pub enum ManifestError {
     #[error("there are several images ({0}): say which one, as in oci:PATH:NAME")]
     Ambiguous(String),
     /// The index has nothing for this machine.
-    #[error("no image for {host}: there is one for {offered}")]
+    #[error("no image for {host}: there is one for {offered}; choose another tag, or nodes of that kind")]
     NoPlatform {
         /// This machine.
         host: Platform,
@@ -470,7 +470,8 @@ mod tests {
         let error = index(&[("linux/arm64/v8", '0'), ("unknown/unknown", '1'), ("windows/amd64", '2')]).choose(&host);
         assert_eq!(
             error.unwrap_err().to_string(),
-            "no image for linux/amd64/v3: there is one for linux/arm64/v8, windows/amd64"
+            "no image for linux/amd64/v3: there is one for linux/arm64/v8, windows/amd64; choose another tag, or nodes of \
+             that kind"
         );
         assert!(index(&[("linux/amd64", '!')]).choose(&host).is_err());
         assert!(index(&[]).choose(&host).is_err());

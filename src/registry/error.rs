@@ -31,7 +31,7 @@ pub enum RegistryError {
         blocked: String,
     },
     /// 404 for a manifest.
-    #[error("image {image} not found: {host} has no such repository, tag or digest{hint}")]
+    #[error("image {image} not found: {host} has no such repository, tag or digest: check name and tag{hint}")]
     ImageNotFound {
         /// The image.
         image: String,
@@ -129,7 +129,7 @@ pub enum RegistryError {
         when: String,
     },
     /// Any other unexpected status.
-    #[error("{host} answers {status} to the request for {what}{detail}")]
+    #[error("{host} answers {status} to the request for {what}{detail}{}", later(.status))]
     Status {
         /// Who answered.
         host: String,
@@ -212,7 +212,7 @@ pub enum RegistryError {
         diff_ids: usize,
     },
     /// An image for another operating system.
-    #[error("image {image} is for {os}, not for {host}")]
+    #[error("image {image} is for {os}, not for {host}: no image of that system runs here")]
     OperatingSystem {
         /// The image.
         image: String,
@@ -239,6 +239,11 @@ fn mirrors_and_registry(registry: &RegistryError, mirrors: &str) -> String {
     }
 }
 
+/// What helps against failures of the server's own.
+fn later(status: &StatusCode) -> &'static str {
+    if status.is_server_error() { ": try again later, or configure a mirror" } else { "" }
+}
+
 /// Why no answer came.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{host}: {reason}")]
@@ -259,7 +264,7 @@ pub enum TransportReason {
     #[error("the host name cannot be looked up ({0}): check the DNS settings of this node")]
     Lookup(String),
     /// Nothing listens there.
-    #[error("connection refused: nothing listens there, or a firewall is in between")]
+    #[error("connection refused: nothing listens there, or a firewall is in between: check host and port")]
     Refused,
     /// No route, or no answer to the attempt to connect.
     #[error("cannot be reached from this node ({0}): check its network, or configure a mirror")]
@@ -285,8 +290,19 @@ pub enum TransportReason {
     /// The configuration's files about it.
     #[error("the certificates that pyxis.toml names for it cannot be used: {0}")]
     Site(&'static str),
+    /// The proxy that is configured, not the registry.
+    #[error(
+        "not reached through the proxy {address} ({reason}): check https_proxy and no_proxy in import.environment of \
+         pyxis.toml"
+    )]
+    Proxy {
+        /// `HOST:PORT`.
+        address: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// No answer in time, or too slow an answer.
-    #[error("stalled: {0}")]
+    #[error("stalled: {0}: try again, or configure a mirror")]
     Stalled(String),
     /// The connection broke, or what came is not HTTP.
     #[error("the connection broke: {0}")]
@@ -307,7 +323,7 @@ impl TransportReason {
             | Self::NoRoots
             | Self::Site(_)
             | Self::Url => 1,
-            Self::Refused => most.min(3),
+            Self::Refused | Self::Proxy { .. } => most.min(3),
             Self::Lookup(_) | Self::Unreachable(_) | Self::Tls(_) | Self::Stalled(_) | Self::Broken(_) => most,
         }
     }

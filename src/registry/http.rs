@@ -151,7 +151,28 @@ impl Http {
         if let Some(value) = authorization {
             request.headers_mut().insert(AUTHORIZATION, value.clone());
         }
-        agent.run(request).map_err(|cause| error(transport_reason(cause)))
+        agent.run(request).map_err(|cause| {
+            let proxy = agent.config().proxy().filter(|proxy| !proxy.is_no_proxy(url));
+            let address = proxy.map(|proxy| format!("{}:{}", proxy.host(), proxy.port()));
+            error(match (cause, address) {
+                (ureq::Error::ConnectProxyFailed(reason), Some(address)) => TransportReason::Proxy { address, reason },
+                (cause, address) => match (transport_reason(cause), address) {
+                    // The proxy alone is looked up and connected to.
+                    (
+                        reason @ (TransportReason::NoSuchHost
+                        | TransportReason::Lookup(_)
+                        | TransportReason::Refused
+                        | TransportReason::Unreachable(_)),
+                        Some(address),
+                    ) => {
+                        let reason = reason.to_string();
+                        let reason = reason.split(':').next().unwrap_or_default().to_owned();
+                        TransportReason::Proxy { address, reason }
+                    }
+                    (reason, _) => reason,
+                },
+            })
+        })
     }
 }
 

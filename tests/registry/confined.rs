@@ -14,6 +14,7 @@ use testbed::registry::{Registry, RegistryOptions};
 use testbed::{Site, images, wait};
 
 use crate::broker::{Conversation, Import};
+use crate::server::{Reply, Server};
 
 const NOBODY: &str = "65534";
 
@@ -102,4 +103,26 @@ fn names_are_looked_up() {
     let (kind, message) = Import::new("x", &["nosuch.invalid"]).run_in(&process.conversation).unwrap_err();
     assert!(kind == FailureKind::Unavailable && message.contains("DNS settings of this node"), "{message}");
     assert_eq!(process.end(), Some(0));
+}
+
+/// What is wrong with the proxy is not blamed on the registry.
+#[test]
+fn a_proxy_in_trouble_is_named() {
+    let proxy = Server::start(|_| Reply::status(403));
+    let nobody = std::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
+    for (address, reason) in
+        [(proxy.host(), "proxy server responded 403/403"), (nobody.to_string(), "connection refused")]
+    {
+        let process = Process::start(&[&format!("https_proxy=http://{address}")]);
+        let mut import = Import::new("x", &["registry.invalid"]);
+        import.registries.registry.clear();
+        let (kind, message) = import.run_in(&process.conversation).unwrap_err();
+        assert_eq!(kind, FailureKind::Unavailable);
+        let expected = format!(
+            "registry.invalid: not reached through the proxy {address} ({reason}): check https_proxy and no_proxy in \
+             import.environment of pyxis.toml"
+        );
+        assert_eq!(message, expected);
+        assert_eq!(process.end(), Some(0));
+    }
 }

@@ -45,7 +45,8 @@ fn trouble_that_stays_is_told() {
     let (kind, message) = Import::new("some/image", &[&registry.host()]).fail();
     assert_eq!(kind, FailureKind::Unavailable);
     let expected = format!(
-        "{} answers 503 Service Unavailable to the request for manifest latest (UNAVAILABLE: under\\nrepair)",
+        "{} answers 503 Service Unavailable to the request for manifest latest (UNAVAILABLE: under\\nrepair): try \
+         again later, or configure a mirror",
         registry.host()
     );
     assert_eq!(message, expected);
@@ -259,7 +260,10 @@ fn nobody_there() {
     let host = format!("127.0.0.1:{port}");
     let (kind, message) = Import::new("some/image", &[&host]).fail();
     assert_eq!(kind, FailureKind::Unavailable);
-    assert_eq!(message, format!("{host}: connection refused: nothing listens there, or a firewall is in between"));
+    assert_eq!(
+        message,
+        format!("{host}: connection refused: nothing listens there, or a firewall is in between: check host and port")
+    );
 
     let (kind, message) = Import::new("some/image", &["nosuch.invalid"]).fail();
     assert_eq!(kind, FailureKind::Unavailable);

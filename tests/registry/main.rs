@@ -9,6 +9,7 @@ mod confined;
 mod content;
 mod faults;
 mod flows;
+mod messages;
 mod proxied;
 mod pulls;
 mod real;

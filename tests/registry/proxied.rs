@@ -70,7 +70,10 @@ fn damage_on_the_way_is_found() {
 fn what_a_gateway_answers_is_told() {
     let (_site, _registry, proxy) = proxied("answers", 1000);
     for (answer, expected) in [
-        ("502 Bad Gateway", "answers 502 Bad Gateway to the request for manifest latest"),
+        (
+            "502 Bad Gateway",
+            "answers 502 Bad Gateway to the request for manifest latest: try again later, or configure a mirror",
+        ),
         (
             "429 Too Many Requests\r\nRetry-After: 3600",
             "allows no more requests for now: try again in 3600 s, log in, or configure a mirror",
