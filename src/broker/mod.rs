@@ -7,10 +7,13 @@
 //!
 //! The sequence, with the reason for each step, is that of `start`.
 
+mod error;
 mod image;
 pub mod import;
 mod inventory;
+mod lower;
 mod named;
+mod relay;
 mod squashfs;
 mod trace;
 mod tree;
@@ -28,33 +31,28 @@ use rustix::process::Pid;
 use rustix::thread::CapabilitySet;
 
 use crate::config::Config;
+use crate::container::FullName;
 use crate::container::kept::KeptContainer;
-use crate::container::record::{Lower, Record};
+use crate::container::record::Record;
 use crate::container::running::{Instance, Running};
-use crate::container::{FullName, InUse};
-use crate::devices::access::DeviceAccess;
 use crate::hooks::workspace::Workspace;
 use crate::image::digest::Digest;
-use crate::image::reference::ImageReference;
 use crate::init::attach::Attach;
 use crate::init::protocol::{FromInit, ToInit};
 use crate::init::{self, Start};
 use crate::namespaces;
-use crate::policy::Subject;
 use crate::request::{Environment, NameMode, PROTOCOL_VERSION, StepRequest};
-use crate::rootfs::cgroups;
 use crate::rootfs::layers::LayerMounts;
 use crate::rootfs::overlay::{self, Upper};
-use crate::store::{LeasedLayer, Store};
 use crate::sys::channel::{self, Channel};
 use crate::sys::process::{Forked, close_from, die_with_parent, fork, set_capabilities, take_inherited};
 use crate::sys::{self, memfile};
 use crate::task::UserMessage;
-use crate::task::protocol::{Entrypoint, MAX_MEMORY_FILE, ToBroker, ToLeader, descriptors};
-use image::{Acquired, Acquisition};
-use import::ImportError;
+use crate::task::protocol::{MAX_MEMORY_FILE, ToBroker, ToLeader, descriptors};
+use error::{BrokerError, failed};
+use lower::{Image, Squashfs};
 use named::{Choice, Joined, Patience};
-use squashfs::FuseServer;
+use relay::{Leader, Ready, vanished};
 
 /// What the broker needs of root's privileges: mounting and entering namespaces; making the scratch layer the user's;
 /// becoming the user and the importer, and mapping their ids (SETFCAP: root's own); writing to a store that root owns; ending what it started.
@@ -69,84 +67,6 @@ pub(crate) const CAPABILITIES: CapabilitySet = CapabilitySet::SYS_ADMIN
     .union(CapabilitySet::FOWNER)
     .union(CapabilitySet::SETFCAP)
     .union(CapabilitySet::KILL);
-
-/// Why there is no container. Each is reported by [`BrokerError::messages`].
-#[derive(Debug, thiserror::Error)]
-enum BrokerError {
-    /// The image could not be had.
-    #[error("failed to import docker image: {image}")]
-    Import {
-        /// As the user typed it.
-        image: String,
-        /// Why.
-        reason: String,
-        /// What may help, if anything is known.
-        hint: Option<String>,
-    },
-    /// An image on this machine could not be had.
-    #[error("failed to create container filesystem for image: {image}")]
-    Create {
-        /// As the user typed it.
-        image: String,
-        /// Why.
-        reason: String,
-    },
-    /// The site's importer got no image.
-    #[error("failed to import docker image: {image} (importer: {})", .importer.display())]
-    SiteImporter {
-        /// As the user typed it.
-        image: String,
-        /// Which program.
-        importer: PathBuf,
-        /// What happened, in pyxis's words.
-        problem: String,
-        /// What the program said.
-        log: Vec<String>,
-    },
-    /// Root's part of the start.
-    #[error("cannot start container: {0}")]
-    Start(String),
-    /// What is asked for does not fit what is there: the text says it all.
-    #[error("{0}")]
-    Refused(String),
-    /// Init said why.
-    #[error("container init failed")]
-    Init(Vec<UserMessage>),
-    /// The leader or the step has ended: nobody is left to be told.
-    #[error("cancelled")]
-    Cancelled,
-}
-
-impl BrokerError {
-    fn messages(self) -> Vec<UserMessage> {
-        match self {
-            Self::Import { ref reason, .. } | Self::Create { ref reason, .. } => {
-                let hint = if let Self::Import { hint: Some(hint), .. } = &self { Some(hint) } else { None };
-                [self.to_string(), "printing enroot log file:".into(), format!("    [ERROR] {reason}")]
-                    .into_iter()
-                    .chain(hint.map(|hint| format!("    [INFO] {hint}")))
-                    .map(UserMessage::error)
-                    .collect()
-            }
-            Self::SiteImporter { ref problem, ref log, .. } => {
-                let mut messages = vec![UserMessage::error(problem)];
-                if !log.is_empty() {
-                    messages.push(UserMessage::error("printing importer log file:"));
-                    messages.extend(log.iter().map(|line| UserMessage::error(format!("    {line}"))));
-                }
-                messages.push(UserMessage::error(&self));
-                messages
-            }
-            Self::Start(_) | Self::Refused(_) => vec![UserMessage::error(self)],
-            Self::Init(messages) => messages,
-            Self::Cancelled => vec![],
-        }
-    }
-}
-
-fn failed<E: std::fmt::Display>(what: &str) -> impl Fn(E) -> BrokerError + '_ {
-    move |error| BrokerError::Start(format!("{what}: {error}"))
-}
 
 /// The process that the leading task starts, with [`descriptors`] open and the path of the configuration as argument.
 pub fn main(config: Option<PathBuf>) -> ExitCode {
@@ -220,7 +140,7 @@ fn start(
     }
     let (name, mode) = FullName::of(&request).map_err(|error| BrokerError::Refused(error.to_string()))?.unzip();
     let running = Running::create(&config.runtime.path, request.user.uid).map_err(failed("running containers"))?;
-    let leader = Leader { channel: leader_channel, pid: leader, proceed: None, arrived: false };
+    let leader = Leader::new(leader_channel, leader);
     let host = rustix::fs::open("/proc/self/ns/mnt", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
         .map_err(failed("mount namespace"))?;
     let mut step =
@@ -244,24 +164,6 @@ struct Step<'a> {
     /// The mount namespace of the host, which the broker leaves for that of the layers.
     host: OwnedFd,
     began: Instant,
-}
-
-/// What a new root filesystem is made of.
-struct Image {
-    config: Vec<u8>,
-    /// The platform's manifest, if it is known.
-    digest: Option<Digest>,
-    layers: Vec<LeasedLayer>,
-    /// What is used instead of layers.
-    squashfs: Option<Squashfs>,
-    /// For those who come later. `None` for what cannot be joined or kept.
-    record: Option<Record>,
-}
-
-/// A squashfs file that is no layer.
-enum Squashfs {
-    Mount(OwnedFd),
-    Fuse(FuseServer),
 }
 
 /// Where a container's root filesystem comes from.
@@ -486,100 +388,6 @@ impl Step<'_> {
             }
         }
     }
-
-    /// The image that the request names, for a new container.
-    fn acquire(&mut self) -> Result<Image, BrokerError> {
-        let Self { leader, life, config, request, environment, mounts, .. } = self;
-        let in_use = InUse::new(mounts, &config.container.path);
-        let image = Acquisition { leader, life, config, request, environment, in_use: &in_use }.acquire()?;
-        let of_squashfs =
-            |squashfs| Image { config: vec![], digest: None, layers: vec![], squashfs: Some(squashfs), record: None };
-        let image = match image {
-            Acquired::Layers(image) => image,
-            Acquired::Mount(mount) => return Ok(of_squashfs(Squashfs::Mount(mount))),
-            Acquired::Fuse(server) => return Ok(of_squashfs(Squashfs::Fuse(server))),
-        };
-        tracing::debug!(manifest = %image.manifest, layers = image.layers.len(), after = ?self.began.elapsed(), "have the image");
-        let record = self.name.as_ref().and_then(|_| named::record(&self.request, &image));
-        // What was made of a squashfs file has no config, and its digest means nothing elsewhere.
-        let digest = (!image.config.is_empty()).then_some(image.manifest);
-        if let Some(digest) = &digest {
-            tracing::info!("image digest {digest}");
-        }
-        Ok(Image { config: image.config, digest, layers: image.layers, squashfs: None, record })
-    }
-
-    /// Whether a container may be used again that was made from an image which the rules may not allow any more.
-    fn permit(&self, record: &Record) -> Result<(), BrokerError> {
-        let reference = match &record.lower {
-            Lower::Layers { reference, .. } => reference.as_ref(),
-            Lower::Tree(_) => None,
-        };
-        let subject = Subject::kept(&self.request.user, reference, record.source, &record.image);
-        import::settled(&self.config.import_settings(), &subject, &record.evidence).map_err(|error| {
-            let name = self.name.as_ref().map(ToString::to_string).unwrap_or_default();
-            BrokerError::Refused(format!("error: the container {name} cannot be used any more: {error}"))
-        })
-    }
-
-    /// The image of a container that exists. Layers that the store has lost are fetched again.
-    fn image_of(&mut self, record: Record) -> Result<Image, BrokerError> {
-        self.permit(&record)?;
-        let layers = match self.leases(&record)? {
-            Some(layers) => layers,
-            None => self.fetch_again(&record)?,
-        };
-        Ok(Image {
-            config: record.config.clone(),
-            digest: record.digest(),
-            layers,
-            squashfs: None,
-            record: Some(record),
-        })
-    }
-
-    /// `None` if a layer is not in the store.
-    fn leases(&self, record: &Record) -> Result<Option<Vec<LeasedLayer>>, BrokerError> {
-        let store = Store::open(&self.config.store.path).map_err(failed("image store"))?;
-        record.layers().iter().map(|layer| store.lease(layer)).collect::<Result<_, _>>().map_err(failed("image store"))
-    }
-
-    fn fetch_again(&mut self, record: &Record) -> Result<Vec<LeasedLayer>, BrokerError> {
-        let Lower::Layers { reference, manifest, layers } = &record.lower else { return Ok(Vec::new()) };
-        let name = self.name.as_ref().map(ToString::to_string).unwrap_or_default();
-        let lost = |reason: String| {
-            BrokerError::Start(format!(
-                "layers of the container {name}, made from {}, are no longer in the store and cannot be had again: \
-                 {reason}; \"pyxis remove {name}\" removes the container",
-                record.image
-            ))
-        };
-        let Some(reference) = reference else { return Err(lost("they came from no registry".into())) };
-        let exact = ImageReference { tag_or_digest: manifest.to_string(), ..reference.clone() };
-        tracing::warn!("layers of the container are no longer in the store: importing {exact} again");
-        let Self { leader, life, config, request, environment, mounts, .. } = self;
-        let in_use = InUse::new(mounts, &config.container.path);
-        let mut acquisition = Acquisition { leader, life, config, request, environment, in_use: &in_use };
-        match acquisition.again(&exact) {
-            Ok(image) if image.layers.iter().map(|layer| &layer.diff_id).eq(layers) => Ok(image.layers),
-            Ok(_) => Err(lost("the registry has other ones now".into())),
-            Err(ImportError::Cancelled { .. }) => Err(BrokerError::Cancelled),
-            Err(error) => Err(lost(error.to_string())),
-        }
-    }
-}
-
-fn vanished() -> BrokerError {
-    BrokerError::Start("container init ended unexpectedly".into())
-}
-
-/// What init says when the container can be joined.
-struct Ready {
-    workdir: String,
-    entrypoint: Option<Entrypoint>,
-    cgroup_namespace: Option<bool>,
-    gpu_numbers: Vec<(u32, u32)>,
-    descriptors: Vec<OwnedFd>,
 }
 
 fn read_request(file: File) -> Result<StepRequest, BrokerError> {
@@ -599,123 +407,5 @@ fn make_directory(path: &Path) -> Result<(), Errno> {
     match rustix::fs::mkdir(path, Mode::from_raw_mode(0o755)) {
         Err(Errno::EXIST) => Ok(()),
         other => other,
-    }
-}
-
-/// The leading task, as the broker sees it.
-struct Leader<'a> {
-    channel: &'a Channel<ToLeader, ToBroker>,
-    pid: Pid,
-    /// It is in `task_init`, and so in its cgroups.
-    arrived: bool,
-    /// What it sent with `Proceed`.
-    proceed: Option<Proceed>,
-}
-
-/// See [`ToBroker::Proceed`].
-struct Proceed {
-    cgroup_namespace: bool,
-    devices: DeviceAccess,
-    descriptors: Vec<OwnedFd>,
-}
-
-impl Leader<'_> {
-    fn say(&self, message: UserMessage) {
-        // A leader that is gone is noticed where the broker waits.
-        let _ = self.channel.send(&ToLeader::Say(message), &[]);
-    }
-
-    fn receive(&mut self) -> Result<(), BrokerError> {
-        match self.channel.receive().map_err(failed("task"))? {
-            Some((ToBroker::Arrived, _)) => self.arrived = true,
-            Some((ToBroker::Proceed { cgroup_namespace, devices }, descriptors)) => {
-                self.proceed = Some(Proceed { cgroup_namespace, devices, descriptors });
-            }
-            None => return Err(BrokerError::Cancelled),
-        }
-        Ok(())
-    }
-
-    fn wait_until_arrived(&mut self) -> Result<(), BrokerError> {
-        while !self.arrived {
-            self.receive()?;
-        }
-        Ok(())
-    }
-}
-
-impl Step<'_> {
-    /// Carries messages between leader and init until the container is ready; ends with the leader, the step or init.
-    /// `None` if init was to join a container that has ended.
-    fn relay(
-        &mut self,
-        init: Pid,
-        init_channel: &Channel<ToInit, FromInit>,
-        server: Option<&FuseServer>,
-    ) -> Result<Option<Ready>, BrokerError> {
-        let Self { leader, life, config, request, host, began, .. } = self;
-        let init = init.as_raw_nonzero().get();
-        loop {
-            let mut watched = [
-                PollFd::new(leader.channel, PollFlags::IN | PollFlags::RDHUP),
-                PollFd::new(init_channel, PollFlags::IN),
-                PollFd::from_borrowed_fd(life.as_fd(), PollFlags::empty()),
-                // Twice the same if there is no server.
-                PollFd::from_borrowed_fd(server.map_or(life.as_fd(), |server| server.channel().as_fd()), PollFlags::IN),
-            ];
-            rustix::io::retry_on_intr(|| rustix::event::poll(&mut watched, None)).map_err(failed("poll"))?;
-            let [from_leader, from_init, life_events, from_server] = watched.map(|descriptor| descriptor.revents());
-            if !life_events.is_empty() {
-                return Err(BrokerError::Cancelled);
-            }
-            // Before init, which fails without it and does not know why.
-            if let (false, Some(server)) = (from_server.is_empty(), server) {
-                server.receive()?;
-            }
-            if !from_init.is_empty() {
-                match init_channel.receive().map_err(failed("container init"))? {
-                    Some((FromInit::Say(message), _)) => leader.say(message),
-                    // A child of ours that nobody has waited for: its pid means no other process, whoever controls it.
-                    Some((FromInit::WantTaskCgroup, _)) => {
-                        if let Err(error) = cgroups::join(init.unsigned_abs(), leader.pid) {
-                            tracing::warn!("hooks stay outside the job's cgroup: {}", sys::reason(error));
-                        }
-                        init_channel.send(&ToInit::InTaskCgroup, &[]).map_err(|_| vanished())?;
-                    }
-                    Some((FromInit::WantInventory, _)) => {
-                        let patience = Patience { leader: leader.channel.as_fd(), life: life.as_fd() };
-                        let problem = inventory::take(patience, host.as_fd(), config, request.user.uid)?;
-                        init_channel.send(&ToInit::Inventory { problem }, &[]).map_err(|_| vanished())?;
-                    }
-                    Some((FromInit::Started, _)) => {
-                        leader.channel.send(&ToLeader::Started { init }, &[]).map_err(|_| BrokerError::Cancelled)?;
-                    }
-                    Some((FromInit::Ready { workdir, entrypoint, cgroup_namespace, gpu_numbers }, descriptors)) => {
-                        tracing::info!("completed container setup in {} ms", began.elapsed().as_millis());
-                        return Ok(Some(Ready { workdir, entrypoint, cgroup_namespace, gpu_numbers, descriptors }));
-                    }
-                    Some((FromInit::Squashfuse { owner }, device)) => {
-                        if let (Some(device), Some(server)) = (device.first(), server) {
-                            server.serve(owner, device);
-                        }
-                    }
-                    Some((FromInit::Gone, _)) => return Ok(None),
-                    Some((FromInit::Failed { messages }, _)) => return Err(BrokerError::Init(messages)),
-                    None => return Err(vanished()),
-                }
-            }
-            if !from_leader.is_empty() {
-                leader.receive()?;
-                if let Some(Proceed { cgroup_namespace, devices, descriptors }) = leader.proceed.take() {
-                    let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
-                    let proceed = ToInit::Proceed { cgroup_namespace, devices };
-                    init_channel.send(&proceed, &descriptors).map_err(|_| vanished())?;
-                    // While init is busy: this takes some milliseconds.
-                    if let Some(server) = server {
-                        server.join(leader.pid);
-                    }
-                }
-            }
-        }
     }
 }

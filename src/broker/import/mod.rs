@@ -264,129 +264,146 @@ pub fn acquire_through(
     cancel: &[BorrowedFd<'_>],
     events: &mut dyn FnMut(ImportEvent),
 ) -> Result<AcquiredImage, ImportError> {
-    let mut started = false;
-    let mut events = |event| {
-        if event != ImportEvent::NetworkStart || !std::mem::replace(&mut started, true) {
-            events(event);
-        }
-    };
-    let candidates = settings.registries.short_names.candidates(request.reference);
-    let mut before = Vec::new();
-    for (index, reference) in candidates.iter().enumerate() {
-        let request = AcquireRequest { reference, ..request };
-        match acquire_one(starter, store, settings, request, pinned, cancel, &mut events) {
-            // Only an answer sends on to the next one: a registry that is down must not change what a name means.
-            Err(ImportError::Refused { kind: FailureKind::NotFound | FailureKind::Denied, message })
-                if index + 1 < candidates.len() =>
-            {
-                before.push(message);
-            }
-            Err(ImportError::Refused { kind, message }) if !before.is_empty() => {
-                return Err(ImportError::Refused {
-                    kind,
-                    message: format!("{message}; before that, {}", before.join("; ")),
-                });
-            }
-            outcome => return outcome,
-        }
-    }
-    // There is always one.
-    Err(ImportError::Start("no registry to search".into()))
+    Acquirer { starter, store, settings, pinned, cancel }.first_of_candidates(request, events)
 }
 
-fn acquire_one(
-    starter: &dyn StartImporter,
-    store: &Store,
-    settings: &ImportSettings,
-    request: AcquireRequest<'_>,
-    pinned: &dyn PinnedMounts,
-    cancel: &[BorrowedFd<'_>],
-    events: &mut dyn FnMut(ImportEvent),
-) -> Result<AcquiredImage, ImportError> {
-    if let Some(blocked) = settings.registries.blocked(request.reference) {
-        let message = RegistryError::Blocked { image: request.reference.to_string(), blocked }.to_string();
-        return Err(ImportError::Refused { kind: FailureKind::Denied, message });
-    }
-    let subject = Subject::registry(request.user, request.reference);
-    let permission = permit::before(settings, &subject)?;
-    let known = Known { store, settings, request, subject: &subject, permission };
-    if settings.pull != PullPolicy::Always
-        && let Some(image) = known.confirmed()?
-    {
-        return Ok(image);
-    }
-    if settings.pull == PullPolicy::Never {
-        return Err(ImportError::NotAsked {
-            image: request.reference.to_string(),
-            seconds: settings.confirmation.as_secs(),
-        });
-    }
-    events(ImportEvent::NetworkStart);
-    // A thousand steps that begin at once ask once.
-    let lock = match settings.pull {
-        PullPolicy::Always => None,
-        _ => match known.lock(cancel, events)? {
-            Turn::Ours(lock) => Some(lock),
-            Turn::Done(image) => return Ok(AcquiredImage { from_network: true, ..image }),
-        },
-    };
-    let mut ask = |reference: &ImageReference| {
-        let request = AcquireRequest { reference, ..request };
-        import(starter, known, request, pinned, cancel, events)
-    };
-    let image = match known.pinned()? {
-        Some(pinned) => match ask(&pinned) {
-            // It is not there any more, whatever the tag means now.
-            Err(ImportError::Refused { kind: FailureKind::NotFound, .. }) => ask(request.reference),
-            outcome => outcome,
-        },
-        None => ask(request.reference),
-    }?;
-    drop(lock);
-    collect(store, settings, pinned, events);
-    Ok(image)
+/// What an import works with, by whatever name it tries the image.
+#[derive(Clone, Copy)]
+struct Acquirer<'a> {
+    starter: &'a dyn StartImporter,
+    store: &'a Store,
+    settings: &'a ImportSettings,
+    pinned: &'a dyn PinnedMounts,
+    cancel: &'a [BorrowedFd<'a>],
 }
 
-/// Asks the registry for the image `request` and notes that its user was given it by the name in `known`.
-fn import(
-    starter: &dyn StartImporter,
-    known: Known<'_>,
-    request: AcquireRequest<'_>,
-    pinned: &dyn PinnedMounts,
-    cancel: &[BorrowedFd<'_>],
-    events: &mut dyn FnMut(ImportEvent),
-) -> Result<AcquiredImage, ImportError> {
-    let Known { store, settings, .. } = known;
-    // What the registry says counts from before it was asked.
-    let confirmed_at = now();
-    let importer = starter.start(settings, request, events)?;
-    let name = (Some(request.reference), known.request.reference.to_string());
-    let mut session = Session::new(store, settings, name, pinned, cancel, events, importer);
-    let image = session.resolve(&Command::Resolve {
-        reference: request.reference.clone(),
-        registries: settings.registries.only_for(request.reference),
-        site_files: settings.registries.site_files(request.reference),
-        limits: settings.limits,
-    })?;
-    let evidence = session.examine(known.subject, image.manifest, known.ancestors(&image.manifest)?)?;
-    let uid = request.user.uid;
-    let before = store.manifest(uid, &image.manifest)?;
-    let confirmed = settings.pull != PullPolicy::Always
-        && before.is_some_and(|before| {
-            is_fresh(before.confirmed_at, settings.confirmation)
-                && before.origin == image.origin
-                && before.layers == image.layers
-        });
-    let layers = session.obtain(&image, confirmed)?;
-    drop(session);
+impl Acquirer<'_> {
+    /// The image by the first name of those it may have that a registry knows.
+    fn first_of_candidates(
+        self,
+        request: AcquireRequest<'_>,
+        events: &mut dyn FnMut(ImportEvent),
+    ) -> Result<AcquiredImage, ImportError> {
+        let mut started = false;
+        let mut events = |event| {
+            if event != ImportEvent::NetworkStart || !std::mem::replace(&mut started, true) {
+                events(event);
+            }
+        };
+        let candidates = self.settings.registries.short_names.candidates(request.reference);
+        let mut before = Vec::new();
+        for (index, reference) in candidates.iter().enumerate() {
+            let request = AcquireRequest { reference, ..request };
+            match self.by_name(request, &mut events) {
+                // Only an answer sends on to the next one: a registry that is down must not change what a name means.
+                Err(ImportError::Refused { kind: FailureKind::NotFound | FailureKind::Denied, message })
+                    if index + 1 < candidates.len() =>
+                {
+                    before.push(message);
+                }
+                Err(ImportError::Refused { kind, message }) if !before.is_empty() => {
+                    return Err(ImportError::Refused {
+                        kind,
+                        message: format!("{message}; before that, {}", before.join("; ")),
+                    });
+                }
+                outcome => return outcome,
+            }
+        }
+        // There is always one.
+        Err(ImportError::Start("no registry to search".into()))
+    }
 
-    let config = store.keep_config(&image.config)?;
-    let reference = without_password(known.request.reference);
-    let reference = ReferenceRecord { reference, manifest: image.manifest, evidence, confirmed_at };
-    let manifest = ManifestRecord { origin: image.origin, config, layers: image.layers, confirmed_at };
-    store.confirm(uid, &reference, &manifest)?;
-    let (manifest, config, evidence) = (reference.manifest, image.config, reference.evidence);
-    Ok(AcquiredImage { manifest, config, layers, evidence, from_network: true })
+    /// The image by the name that it is asked for.
+    fn by_name(
+        self,
+        request: AcquireRequest<'_>,
+        events: &mut dyn FnMut(ImportEvent),
+    ) -> Result<AcquiredImage, ImportError> {
+        let Self { store, settings, pinned, cancel, .. } = self;
+        if let Some(blocked) = settings.registries.blocked(request.reference) {
+            let message = RegistryError::Blocked { image: request.reference.to_string(), blocked }.to_string();
+            return Err(ImportError::Refused { kind: FailureKind::Denied, message });
+        }
+        let subject = Subject::registry(request.user, request.reference);
+        let permission = permit::before(settings, &subject)?;
+        let known = Known { store, settings, request, subject: &subject, permission };
+        if settings.pull != PullPolicy::Always
+            && let Some(image) = known.confirmed()?
+        {
+            return Ok(image);
+        }
+        if settings.pull == PullPolicy::Never {
+            return Err(ImportError::NotAsked {
+                image: request.reference.to_string(),
+                seconds: settings.confirmation.as_secs(),
+            });
+        }
+        events(ImportEvent::NetworkStart);
+        // A thousand steps that begin at once ask once.
+        let lock = match settings.pull {
+            PullPolicy::Always => None,
+            _ => match known.lock(cancel, events)? {
+                Turn::Ours(lock) => Some(lock),
+                Turn::Done(image) => return Ok(AcquiredImage { from_network: true, ..image }),
+            },
+        };
+        let mut ask = |reference: &ImageReference| {
+            let request = AcquireRequest { reference, ..request };
+            self.import(known, request, events)
+        };
+        let image = match known.pinned()? {
+            Some(pinned) => match ask(&pinned) {
+                // It is not there any more, whatever the tag means now.
+                Err(ImportError::Refused { kind: FailureKind::NotFound, .. }) => ask(request.reference),
+                outcome => outcome,
+            },
+            None => ask(request.reference),
+        }?;
+        drop(lock);
+        collect(store, settings, pinned, events);
+        Ok(image)
+    }
+
+    /// Asks the registry for the image `request` and notes that its user was given it by the name in `known`.
+    fn import(
+        self,
+        known: Known<'_>,
+        request: AcquireRequest<'_>,
+        events: &mut dyn FnMut(ImportEvent),
+    ) -> Result<AcquiredImage, ImportError> {
+        let Self { starter, store, settings, pinned, cancel } = self;
+        // What the registry says counts from before it was asked.
+        let confirmed_at = now();
+        let importer = starter.start(settings, request, events)?;
+        let name = (Some(request.reference), known.request.reference.to_string());
+        let mut session = Session::new(store, settings, name, pinned, cancel, events, importer);
+        let image = session.resolve(&Command::Resolve {
+            reference: request.reference.clone(),
+            registries: settings.registries.only_for(request.reference),
+            site_files: settings.registries.site_files(request.reference),
+            limits: settings.limits,
+        })?;
+        let evidence = session.examine(known.subject, image.manifest, known.ancestors(&image.manifest)?)?;
+        let uid = request.user.uid;
+        let before = store.manifest(uid, &image.manifest)?;
+        let confirmed = settings.pull != PullPolicy::Always
+            && before.is_some_and(|before| {
+                is_fresh(before.confirmed_at, settings.confirmation)
+                    && before.origin == image.origin
+                    && before.layers == image.layers
+            });
+        let layers = session.obtain(&image, confirmed)?;
+        drop(session);
+
+        let config = store.keep_config(&image.config)?;
+        let reference = without_password(known.request.reference);
+        let reference = ReferenceRecord { reference, manifest: image.manifest, evidence, confirmed_at };
+        let manifest = ManifestRecord { origin: image.origin, config, layers: image.layers, confirmed_at };
+        store.confirm(uid, &reference, &manifest)?;
+        let (manifest, config, evidence) = (reference.manifest, image.config, reference.evidence);
+        Ok(AcquiredImage { manifest, config, layers, evidence, from_network: true })
+    }
 }
 
 /// Keeps the store between its watermarks, after it has grown.
