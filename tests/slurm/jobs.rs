@@ -1,9 +1,10 @@
 //! Slurm's own features, unchanged by the container around a task.
 
 use std::fs;
+use std::path::Path;
 use std::process::Stdio;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use testbed::{Running, process, wait};
 
 use crate::Case;
@@ -129,10 +130,14 @@ fn batch(world: &mut World) -> Result<()> {
 
 /// The second run of a job is refused nothing; what the first has written is there if the container has a name.
 fn requeued(world: &mut World) -> Result<()> {
-    let work = world.make_directory(0, "work/requeued")?;
-    let mount = format!("--container-mounts={}", work.display());
+    let mount = format!("--container-mounts={}", world.make_directory(0, "work/requeued")?.display());
     let name = format!("--container-name={}", crate::named::new_name());
-    for (options, expected) in [(&[][..], "run 0\nrun 1\n"), (&[name.as_str()], "run 0\nrun 1\nof the first\n")] {
+    // Side by side: Slurm lets a requeued job wait until the credential of its first run has expired.
+    let mut jobs = Vec::new();
+    for (directory, options, expected) in
+        [("unnamed", &[][..], "run 0\nrun 1\n"), ("named", &[name.as_str()], "run 0\nrun 1\nof the first\n")]
+    {
+        let work = world.make_directory(0, &format!("work/requeued/{directory}"))?;
         let (file, log) = (work.join("script.sh"), work.join("log"));
         let script = format!(
             "#!/bin/sh\nexec >>{log} 2>&1\necho run ${{SLURM_RESTART_COUNT:-0}}\n\
@@ -148,18 +153,17 @@ fn requeued(world: &mut World) -> Result<()> {
             ["--parsable", "--requeue", "-w", "node1", "--output=/dev/null", IMAGE, "--container-writable", &mount];
         let arguments = [&fixed[..], options, &[&path]].concat();
         let job = process::output_of(&mut world.bed.cluster.command(0, "sbatch", arguments))?;
-        let job = job.trim();
-        let text = || fs::read_to_string(&log).unwrap_or_default();
-        wait::until("the first run", wait::DEADLINE, || text().contains("run 0").then_some(()))?;
+        jobs.push((job.trim().to_owned(), work, expected));
+    }
+    let text = |work: &Path| fs::read_to_string(work.join("log")).unwrap_or_default();
+    for (job, work, _) in &jobs {
+        wait::until("the first run", wait::DEADLINE, || text(work).contains("run 0").then_some(()))?;
         world.bed.cluster.admin("scontrol", ["requeue", job])?;
-        // Slurm lets requeued jobs wait for some minutes, and longer where it is busy.
-        wait::until("the second run", wait::DEADLINE * 8, || {
-            let _ = world.bed.cluster.admin("scontrol", ["update", &format!("JobId={job}"), "StartTime=now"]);
-            work.join("end").exists().then_some(())
-        })?;
-        assert_eq!(text(), expected, "{options:?}");
-        fs::remove_file(log)?;
-        fs::remove_file(work.join("end"))?;
+    }
+    for (job, work, expected) in &jobs {
+        wait::until("the second run", wait::DEADLINE * 4, || work.join("end").exists().then_some(()))
+            .with_context(|| world.bed.cluster.admin("scontrol", ["show", "job", job]).unwrap_or_default())?;
+        assert_eq!(text(work), *expected);
     }
     Ok(())
 }
