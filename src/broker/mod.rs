@@ -121,7 +121,7 @@ fn start(
     leader: Pid,
 ) -> Result<(), BrokerError> {
     die_with_parent(leader).map_err(|_| BrokerError::Cancelled)?;
-    set_capabilities(CAPABILITIES).map_err(failed("capabilities"))?;
+    set_capabilities(CAPABILITIES).map_err(|error| BrokerError::Start(without_privilege(CAPABILITIES, &error)))?;
     let request = read_request(request)?;
     let block = memfile::read_all(environment, MAX_MEMORY_FILE).map_err(failed("environment"))?;
     let environment = Environment::from_block(&block);
@@ -148,6 +148,20 @@ fn start(
     // Another time if the container that this step was to join has ended meanwhile.
     while !step.start(mode.flatten())? {}
     Ok(())
+}
+
+/// Why the `needed` capabilities cannot be had, by name: in a pod or a container slurmd may run without some.
+fn without_privilege(needed: CapabilitySet, error: &std::io::Error) -> String {
+    let missing: Vec<_> = rustix::thread::capabilities(None)
+        .map(|sets| needed.difference(sets.permitted).iter_names().map(|(name, _)| format!("CAP_{name}")).collect())
+        .unwrap_or_default();
+    if missing.is_empty() {
+        return format!("capabilities: {error}");
+    }
+    format!(
+        "slurmd runs without {} on this node, which mounting images takes; a pod has it by securityContext.privileged",
+        missing.join(", ")
+    )
 }
 
 /// One step's start of a container.

@@ -27,6 +27,7 @@ mod nvidia;
 mod oci_hooks;
 mod options;
 mod packages;
+mod pods;
 mod policy;
 mod progress;
 mod pull;
@@ -93,6 +94,7 @@ fn main() -> ExitCode {
         ("injected", injected::CASES),
         ("entrypoint", entrypoint::CASES),
         ("save", save::CASES),
+        ("pods", pods::CASES),
         ("lifecycle", lifecycle::CASES),
     ];
     let trials = modules

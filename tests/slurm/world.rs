@@ -29,6 +29,8 @@ pub struct World {
     pub proxy: Proxy,
     /// Another cluster, whose node has GPUs; started when a test needs it.
     pub gpus: Option<GpuBed>,
+    /// Another cluster, whose nodes are pods; started when a test needs it.
+    pub pods: Option<Testbed>,
     pushed: HashSet<&'static str>,
     /// The tests leave files in the users' home directories.
     _homes: std::fs::File,
@@ -49,7 +51,8 @@ impl World {
         let options = RegistryOptions { accounts, tokens: true, ..RegistryOptions::default() };
         let tokens = Registry::start(&bed.site, "tokens", options)?;
         let proxy = Proxy::start(bed.hub.port())?;
-        let mut world = Self { bed, private, tokens, proxy, gpus: None, pushed: HashSet::new(), _homes: homes };
+        let mut world =
+            Self { bed, private, tokens, proxy, gpus: None, pods: None, pushed: HashSet::new(), _homes: homes };
         world.bed.pyxis.configure(&world.configuration())?;
         let image = images::busybox(&world.directory("alpine")?)?;
         world.bed.hub.push(&image, "library/alpine:latest")?;

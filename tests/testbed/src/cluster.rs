@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, SFlag, makedev};
 
-use crate::node::Node;
+use crate::node::{Node, Pod};
 use crate::process::{self, Daemon, Output, Running};
 use crate::site::Site;
 use crate::users::TestUser;
@@ -28,13 +28,15 @@ pub struct ClusterOptions {
     pub cpus: usize,
     /// GPUs that each node claims to have: the numbers at the ends of its device files, which are others in fact.
     pub gpus: usize,
+    /// The first nodes are pods of these kinds.
+    pub pods: Vec<Pod>,
     /// Lines at the end of `slurm.conf`.
     pub extra: String,
 }
 
 impl Default for ClusterOptions {
     fn default() -> Self {
-        Self { nodes: 2, cpus: 16, gpus: 0, extra: String::new() }
+        Self { nodes: 2, cpus: 16, gpus: 0, pods: Vec::new(), extra: String::new() }
     }
 }
 
@@ -69,7 +71,8 @@ impl Cluster {
         )?;
         let mut cluster = Self { nodes: Vec::new(), users, config, base_config, plugstack, controller, munged };
         for number in 1..=options.nodes {
-            cluster.nodes.push(Node::start(site, &format!("node{number}"), &cluster.config)?);
+            let pod = options.pods.get(number - 1).copied();
+            cluster.nodes.push(Node::start(site, &format!("node{number}"), &cluster.config, pod)?);
         }
         cluster.wait_until_idle()?;
         Ok(cluster)
@@ -202,6 +205,7 @@ fn slurm_conf(site: &Site, options: &ClusterOptions, ports: &[u16]) -> Result<St
     let [controller_port, node_ports @ ..] = ports else { bail!("no ports") };
     let path = |relative: &str| site.path(relative).display().to_string();
     let state = site.make_directory("state/slurmctld")?;
+    // A requeued job waits until the credential of its first run has expired: 120 s unless told otherwise.
     let mut conf = format!(
         "ClusterName=testbed
 SlurmctldHost={host}(127.0.0.1)
@@ -210,7 +214,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={munge}
+AuthInfo=socket={munge},cred_expire=30
 StateSaveLocation={state}
 SlurmdSpoolDir={directory}/%n/spool
 TmpFS={directory}/%n/tmp

@@ -30,6 +30,67 @@ const INIT: &str = r#"
     sleep infinity &
     while :; do wait; done"#;
 
+/// The same for a node that is a pod; its first arguments: an empty directory, the testbed's, and `masked` or nothing. The
+/// root file system is an overlay; `/proc` is new, with or without what engines hide of it; `/dev/shm` is as small as theirs;
+/// the homes, the testbed and the pairs of directories are volumes, and `/etc/slurm` one that is read-only.
+const POD_INIT: &str = r#"
+    set -e
+    pod=$1 site=$2 masked=$3; shift 3
+    mount -t tmpfs -o mode=0755 pod "$pod"
+    mkdir "$pod/upper" "$pod/work" "$pod/root"
+    mount -t overlay -o "lowerdir=/,upperdir=$pod/upper,workdir=$pod/work" overlay "$pod/root"
+    root=$pod/root
+    mount -t proc proc "$root/proc"
+    find "$root/run" -mindepth 1 -delete
+    mount --rbind /sys "$root/sys"
+    mount --rbind /dev "$root/dev"
+    mount -t tmpfs -o size=64m,mode=1777 shm "$root/dev/shm"
+    if [ -n "$masked" ]; then
+        for file in kcore keys timer_list; do
+            [ ! -e "$root/proc/$file" ] || mount --bind /dev/null "$root/proc/$file"
+        done
+        for directory in acpi scsi; do
+            [ ! -d "$root/proc/$directory" ] || mount -t tmpfs -o ro none "$root/proc/$directory"
+        done
+        for path in bus fs irq sys sysrq-trigger; do
+            [ -e "$root/proc/$path" ] || continue
+            mount --bind "$root/proc/$path" "$root/proc/$path"
+            mount -o remount,bind,ro "$root/proc/$path"
+        done
+    fi
+    for directory in /home "$site"; do mount --bind "$directory" "$root$directory"; done
+    mkdir -p "$root/etc/slurm"
+    mount --bind "$site/etc" "$root/etc/slurm"
+    mount -o remount,bind,ro "$root/etc/slurm"
+    while [ $# -gt 1 ]; do
+        [ -e "$root$2" ] || mkdir -p "$root$2"
+        mount --bind "$1" "$root$2"
+        shift 2
+    done
+    cd "$root"
+    pivot_root . mnt
+    cd /
+    umount -l /mnt
+    set +e
+    : >"$1"
+    sleep infinity &
+    while :; do wait; done"#;
+
+/// The capabilities that a container of Kubernetes has unless it is told otherwise: CRI-O's and containerd's defaults.
+const POD_CAPABILITIES: &str = "-all,+chown,+dac_override,+fowner,+fsetid,+kill,+setgid,+setuid,+setpcap,\
+                                +net_bind_service,+net_raw,+sys_chroot,+mknod,+audit_write,+setfcap";
+
+/// A node that is a pod of Kubernetes, as far as that matters to steps.
+#[derive(Debug, Clone, Copy)]
+pub struct Pod {
+    /// Whether slurmd has all capabilities.
+    pub privileged: bool,
+    /// Whether parts of `/proc` are hidden or read-only.
+    pub masked: bool,
+    /// Whether the store is on a volume; else it is on the pod's own root file system.
+    pub volume: bool,
+}
+
 /// A process of a node, seen from the machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeProcess {
@@ -49,6 +110,7 @@ pub struct Node {
     name: String,
     directory: PathBuf,
     config: PathBuf,
+    pod: Option<Pod>,
     /// `unshare`, whose end is the end of the whole PID namespace.
     machine: Daemon,
     /// The first process in the namespaces.
@@ -58,17 +120,24 @@ pub struct Node {
 
 impl Node {
     /// Starts node `name`, whose Slurm configuration is `config`.
-    pub fn start(site: &Site, name: &str, config: &Path) -> Result<Self> {
+    pub fn start(site: &Site, name: &str, config: &Path, pod: Option<Pod>) -> Result<Self> {
         let directory = site.make_directory(name)?;
         let up = directory.join("up");
         let mut command = Command::new("unshare");
         command
             .args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "slave", "--"])
-            .args(["sh", "-c", INIT, name]);
+            .args(["sh", "-c", if pod.is_some() { POD_INIT } else { INIT }, name]);
+        if let Some(pod) = pod {
+            command.arg(site.make_directory(&format!("{name}/pod"))?).arg(site.path(""));
+            command.arg(if pod.masked { "masked" } else { "" });
+        }
         site.make_directory(&format!("{name}/spool"))?;
         let scratch = site.make_directory(&format!("{name}/tmp"))?;
         fs::set_permissions(scratch, fs::Permissions::from_mode(0o1777))?;
-        for target in PRIVATE_DIRECTORIES {
+        // A pod's runtime directory is on its own root file system.
+        let volumes = pod.map_or(PRIVATE_DIRECTORIES.len(), |pod| usize::from(pod.volume));
+        let private = &PRIVATE_DIRECTORIES[..volumes];
+        for target in private {
             fs::create_dir_all(target).with_context(|| target.to_owned())?;
             command.arg(site.make_directory(&format!("{name}/{}", file_name(target)))?).arg(target);
         }
@@ -78,7 +147,8 @@ impl Node {
         fs::set_permissions(&own_device, PermissionsExt::from_mode(0o666))?;
         command.arg(own_device).arg(device);
         let machine = site.daemon(name, command.arg(&up))?;
-        let mut node = Self { name: name.into(), directory, config: config.into(), machine, init: 0, slurmd: None };
+        let mut node =
+            Self { name: name.into(), directory, config: config.into(), pod, machine, init: 0, slurmd: None };
         node.init = wait::until(&format!("the namespaces of {name}"), wait::DEADLINE, || {
             if let Err(error) = node.machine.check() {
                 return Some(Err(error));
@@ -101,7 +171,14 @@ impl Node {
 
     /// Starts `slurmd`, at first or again.
     pub fn start_slurmd(&mut self, site: &Site) -> Result<()> {
-        let mut command = self.command("slurmd");
+        let mut command = match self.pod {
+            Some(Pod { privileged: false, .. }) => {
+                let mut command = self.command("setpriv");
+                command.args(["--bounding-set", POD_CAPABILITIES, "--", "slurmd"]);
+                command
+            }
+            _ => self.command("slurmd"),
+        };
         command.args(["-D", "-N", &self.name]);
         self.slurmd = Some(site.daemon(&format!("{}-slurmd", self.name), &mut command)?);
         Ok(())
