@@ -8,6 +8,8 @@ SYSCONFDIR ?= $(if $(filter /usr /usr/local,$(PREFIX)),/etc,$(PREFIX)/etc)
 # What to install: the release build unless told otherwise.
 PLUGIN ?= target/release/libspank_pyxis.so
 EXECUTABLE ?= target/release/pyxis
+# What makes manual pages and completions: the executable itself, unless it is for another machine.
+GENERATOR ?= $(EXECUTABLE)
 
 plugindir = $(PREFIX)/lib/spank-pyxis
 plugin = $(plugindir)/spank_pyxis.so
@@ -21,6 +23,11 @@ arguments = $(if $(filter /usr,$(PREFIX)),, executable=$(executable) config=$(co
 .PHONY: build
 build:
 	cargo build --release --locked
+
+# A .deb and a .rpm in target/packages, of a release build of their own.
+.PHONY: packages
+packages:
+	packaging/build
 
 # A Slurm cluster with Pyxis on this machine, to play with.
 .PHONY: demo
@@ -57,7 +64,7 @@ install: $(PLUGIN) $(EXECUTABLE)
 	test -e $(DESTDIR)$(enroot_mount) || ln -sfn pyxis $(DESTDIR)$(enroot_mount)
 	sed -n 's|^required .*|required $(plugin)$(arguments)|p' plugstack.conf.d/pyxis.conf > $(DESTDIR)$(PREFIX)/share/pyxis/.pyxis.conf.new
 	mv -f $(DESTDIR)$(PREFIX)/share/pyxis/.pyxis.conf.new $(DESTDIR)$(PREFIX)/share/pyxis/pyxis.conf
-	$(EXECUTABLE) generate $(DESTDIR)$(PREFIX)/share
+	$(GENERATOR) generate $(DESTDIR)$(PREFIX)/share
 	test -e $(DESTDIR)$(config) || install -m 0644 packaging/pyxis.toml $(DESTDIR)$(config)
 
 $(PLUGIN) $(EXECUTABLE):

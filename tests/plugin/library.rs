@@ -48,6 +48,23 @@ fn it_needs_no_symbol_of_slurm() {
     assert!(libraries.iter().all(|name| expected.contains(name)), "{libraries:?}");
 }
 
+/// What the packages say they need (`packaging/deb/control`): Debian 12, Ubuntu 22.04, RHEL 9 have it.
+#[test]
+fn they_load_with_a_c_library_of_2_34() {
+    let control = include_str!("../../packaging/deb/control");
+    assert!(control.contains("libc6 (>= 2.34)"), "{control}");
+    for file in [plugin(), env!("CARGO_BIN_EXE_pyxis").into()] {
+        let (output, text) = run(Command::new("objdump").arg("--dynamic-syms").arg(&file), "binutils");
+        assert!(output.status.success(), "{text}");
+        let versions = text.split("GLIBC_2.").skip(1).map(|rest| {
+            let minor = rest.split(|byte: char| !byte.is_ascii_digit()).next().unwrap_or_default();
+            minor.parse::<u32>().unwrap()
+        });
+        let highest = versions.max().unwrap();
+        assert!(highest <= 34, "{} needs glibc 2.{highest}", file.display());
+    }
+}
+
 /// It is mapped into every `srun` and `slurmd`, as root in some: the code that talks to networks and reads images
 /// belongs to the executable.
 #[test]
