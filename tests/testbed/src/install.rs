@@ -1,7 +1,8 @@
-//! The plugin and the executable under test, installed as `make install` does it.
+//! The plugin and the executable under test: installed as `make install` does it, or by a package.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 
@@ -29,6 +30,12 @@ impl Build {
     }
 }
 
+/// Whether what is under test is the package that is installed on this machine, and not what has been built along with
+/// the tests.
+pub fn is_package() -> bool {
+    std::env::var_os("PYXIS_TEST_PACKAGE").is_some()
+}
+
 /// Pyxis, installed in a site where every user can reach it.
 #[derive(Debug)]
 pub struct Installation {
@@ -43,8 +50,17 @@ pub struct Installation {
 }
 
 impl Installation {
-    /// Installs `build` in `site`. Docker Hub is what the registry `hub` holds.
+    /// Installs `build` in `site`, unless the package is. Docker Hub is what the registry `hub` holds.
     pub fn create(site: &Site, build: &Build, hub: &Registry) -> Result<Self> {
+        let installation = match is_package() {
+            true => Self::of_package(site),
+            false => Self::of_build(site, build)?,
+        };
+        installation.configure(&hub_mirror(&hub.host()))?;
+        Ok(installation)
+    }
+
+    fn of_build(site: &Site, build: &Build) -> Result<Self> {
         users::ensure_service_user()?;
         let prefix = site.path("install");
         let mut make = Command::new("make");
@@ -54,14 +70,26 @@ impl Installation {
         }
         process::output_of(make.env_remove("MAKEFLAGS").env_remove("MAKELEVEL")).context("make install")?;
         let config = prefix.join("etc/pyxis/pyxis.toml");
-        let installation = Self {
+        Ok(Self {
             executable: prefix.join("bin/pyxis"),
             plugin: prefix.join("lib/spank-pyxis/spank_pyxis.so"),
             plugstack: format!("include {}/share/pyxis/*\n", prefix.display()),
             config,
+        })
+    }
+
+    /// A second testbed of the same process has a configuration of its own.
+    fn of_package(site: &Site) -> Self {
+        static IS_CONFIGURED: AtomicBool = AtomicBool::new(false);
+        let plugin = PathBuf::from("/usr/lib/spank-pyxis/spank_pyxis.so");
+        let (config, plugstack) = if IS_CONFIGURED.swap(true, Ordering::Relaxed) {
+            let config = site.path("etc/pyxis.toml");
+            let line = format!("required {} config={}\n", plugin.display(), config.display());
+            (config, line)
+        } else {
+            ("/etc/pyxis/pyxis.toml".into(), "include /usr/share/pyxis/*\n".into())
         };
-        installation.configure(&hub_mirror(&hub.host()))?;
-        Ok(installation)
+        Self { executable: "/usr/bin/pyxis".into(), plugin, config, plugstack }
     }
 
     /// Replaces the configuration file.

@@ -4,7 +4,9 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 
-/// `package program-or-file` lines; `packaging/` and the Makefile install from the same list.
+use crate::install;
+
+/// `package program-or-file [build]` lines; `packaging/` and the Makefile install from the same list.
 const PACKAGES: &str = include_str!("../packages");
 
 /// The executable `name` in `PATH` or where Debian keeps administrators' programs.
@@ -18,12 +20,14 @@ pub fn find_program(name: &str) -> Option<std::path::PathBuf> {
 
 /// Fails, with the command that helps, unless everything on the list is there and this is root.
 pub fn check() -> Result<()> {
+    let nothing_is_built = install::is_package();
     let missing: Vec<_> = entries()
-        .filter(|(_, needed)| match needed.starts_with('/') {
-            true => !Path::new(needed).exists(),
-            false => find_program(needed).is_none(),
+        .filter(|entry| !(entry.builds && nothing_is_built))
+        .filter(|entry| match entry.needed.starts_with('/') {
+            true => !Path::new(entry.needed).exists(),
+            false => find_program(entry.needed).is_none(),
         })
-        .map(|(package, _)| package)
+        .map(|entry| entry.package)
         .collect();
     if !missing.is_empty() {
         bail!("the testbed needs more packages: apt-get install -y --no-install-recommends {}", missing.join(" "));
@@ -34,8 +38,19 @@ pub fn check() -> Result<()> {
     Ok(())
 }
 
-fn entries() -> impl Iterator<Item = (&'static str, &'static str)> {
-    PACKAGES.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split_once(' '))
+struct Entry {
+    package: &'static str,
+    /// A program's name or a file's path.
+    needed: &'static str,
+    /// For building only.
+    builds: bool,
+}
+
+fn entries() -> impl Iterator<Item = Entry> {
+    PACKAGES.lines().filter(|line| !line.starts_with('#')).filter_map(|line| {
+        let mut fields = line.split_whitespace();
+        Some(Entry { package: fields.next()?, needed: fields.next()?, builds: fields.next() == Some("build") })
+    })
 }
 
 #[cfg(test)]
