@@ -1,6 +1,7 @@
 //! `pyxis doctor`: what works on this node, one line each, with the remedy for what does not.
 
 mod image;
+mod node;
 
 use std::fs;
 use std::path::Path;
@@ -24,10 +25,14 @@ use crate::store::Store;
 /// Without IMAGE: kernel, store, accounts, registries. With one: its name, this site's policy, mirrors and registry (DNS,
 /// connection, TLS), credentials, manifest, platform, space; the first that fails says what to do.
 #[derive(Debug, Clone, clap::Args)]
+#[command(after_long_help = node::EXIT_CODES)]
 pub struct DoctorArgs {
     /// Report as JSON
     #[arg(long)]
     json: bool,
+    /// Whether this node can run containers, for health checkers: quick, and asks no registry
+    #[arg(long, conflicts_with = "image")]
+    node: bool,
     /// [USER@][REGISTRY#]IMAGE[:TAG]
     #[arg(value_name = "IMAGE")]
     image: Option<String>,
@@ -37,9 +42,12 @@ pub struct DoctorArgs {
 pub const JSON: &str = "\
 A list of objects, in the order in which things were looked at:
   name    what was looked at
-  status  ok, warning (containers work, with less or slower) or failed
+  status  ok, warning (containers work, with less or slower), failed or unknown (cannot be seen by this user)
   detail  what was seen
-  remedy  what to do; empty if there is nothing to do";
+  remedy  what to do; empty if there is nothing to do
+With --node an object:
+  health  healthy, degraded or unusable
+  checks  that list";
 
 /// One thing that was looked at.
 #[derive(Debug, Serialize, Deserialize)]
@@ -58,6 +66,8 @@ enum Status {
     /// Something is slower or missing, and containers work.
     Warning,
     Failed,
+    /// It could not be looked at.
+    Unknown,
 }
 
 impl Check {
@@ -75,6 +85,7 @@ impl Check {
             Status::Ok => "ok",
             Status::Warning => "warning",
             Status::Failed => "FAILED",
+            Status::Unknown => "unknown",
         };
         let remedy = if self.remedy.is_empty() { String::new() } else { format!("; {}", self.remedy) };
         format!("{status:8} {}: {}{remedy}", self.name, self.detail).replace('\n', " ")
@@ -83,6 +94,9 @@ impl Check {
 
 /// Prints the checks; fails if one of them did.
 pub fn run(args: &DoctorArgs, path: &Path) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    if args.node {
+        return node::run(args.json, path);
+    }
     if let Some(typed) = &args.image {
         return report(args, &image::checks(typed, &Context::load(path)?));
     }

@@ -1,6 +1,7 @@
 //! The `pyxis` executable: subcommands that people type, and the internal roles, which are started under names of their
 //! own so that they stay off the path through the command-line parser. Called `enroot`, it is enroot.
 
+mod bounded;
 mod devices;
 mod docker_config;
 mod doctor;

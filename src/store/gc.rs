@@ -385,6 +385,20 @@ impl Store {
         Ok(self.list(directory)?.into_iter().filter(|name| !name.starts_with(TEMPORARY)).collect())
     }
 
+    /// How many files dead processes have left, which the next collection removes. Changes nothing.
+    pub fn leftovers(&self) -> Result<usize> {
+        let mut found = 0;
+        for directory in ["", LAYERS, BLOBS, CONFIGS] {
+            for name in self.list(directory)?.into_iter().filter(|name| name.starts_with(TEMPORARY)) {
+                found += usize::from(self.lock_unused(&join(directory, &name))?.is_some());
+            }
+        }
+        for name in self.list("locks")?.into_iter().filter(|name| join("locks", name) != COLLECTOR) {
+            found += usize::from(self.lock_unused(&join("locks", &name))?.is_some());
+        }
+        Ok(found)
+    }
+
     fn remove_unfinished(&self, directory: &str) -> Result<usize> {
         let mut removed = 0;
         for name in self.list(directory)?.into_iter().filter(|name| name.starts_with(TEMPORARY)) {

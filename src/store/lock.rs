@@ -36,6 +36,13 @@ impl Store {
         }
     }
 
+    /// Whether files of the store can be locked at all.
+    pub fn try_locks(&self) -> Result<()> {
+        let Some(file) = self.open_file("version")? else { return Ok(()) };
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared)
+            .map_err(|errno| self.error("lock", "version", errno))
+    }
+
     pub(super) fn try_lock_file(&self, name: String) -> Result<Option<FetchLock<'_>>> {
         loop {
             let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;

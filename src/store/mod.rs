@@ -185,17 +185,47 @@ pub type Result<T> = std::result::Result<T, StoreError>;
 impl Store {
     /// Opens the store at `path`, and makes it if there is nothing yet.
     pub fn open(path: &Path) -> Result<Self> {
-        let error = |action, source| StoreError::Io { action, path: path.to_owned(), source };
+        let store = match Self::open_directory(path)? {
+            Some(store) => store,
+            None => {
+                create_with_parents(path).map_err(|source| StoreError::Io {
+                    action: "create",
+                    path: path.to_owned(),
+                    source,
+                })?;
+                Self::open_directory(path)?.ok_or_else(|| StoreError::Io {
+                    action: "open",
+                    path: path.to_owned(),
+                    source: rustix::io::Errno::NOENT.into(),
+                })?
+            }
+        };
+        if !store.is_made()? {
+            store.initialise()?;
+        }
+        Ok(store)
+    }
+
+    /// The store at `path`, if there is one. Changes nothing.
+    pub fn examine(path: &Path) -> Result<Option<Self>> {
+        let Some(store) = Self::open_directory(path)? else { return Ok(None) };
+        if store.is_made()? {
+            return Ok(Some(store));
+        }
+        store.refuse_foreign().map(|()| None)
+    }
+
+    /// The directory, which may be empty; `None` if it does not exist.
+    fn open_directory(path: &Path) -> Result<Option<Self>> {
+        let error =
+            |action, errno: rustix::io::Errno| StoreError::Io { action, path: path.to_owned(), source: errno.into() };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let root = match rustix::fs::open(path, flags, Mode::empty()) {
-            Err(rustix::io::Errno::NOENT) => {
-                create_with_parents(path).map_err(|source| error("create", source))?;
-                rustix::fs::open(path, flags, Mode::empty())
-            }
-            other => other,
-        }
-        .map_err(|errno| error("open", errno.into()))?;
-        let stat = rustix::fs::fstat(&root).map_err(|errno| error("examine", errno.into()))?;
+            Ok(root) => root,
+            Err(rustix::io::Errno::NOENT) => return Ok(None),
+            Err(errno) => return Err(error("open", errno)),
+        };
+        let stat = rustix::fs::fstat(&root).map_err(|errno| error("examine", errno))?;
         let mode = Mode::from_raw_mode(stat.st_mode);
         if stat.st_uid != 0 {
             return Err(StoreError::Owner { path: path.to_owned(), uid: stat.st_uid });
@@ -203,16 +233,17 @@ impl Store {
         if mode.intersects(Mode::WGRP | Mode::WOTH) {
             return Err(StoreError::Writable { path: path.to_owned(), mode: mode.bits() });
         }
-        let store = Self { root, path: path.to_owned() };
-        match store.version()? {
-            Some(version) if version == VERSION => Ok(store),
+        Ok(Some(Self { root, path: path.to_owned() }))
+    }
+
+    /// Whether it is a store, of this version.
+    fn is_made(&self) -> Result<bool> {
+        match self.version()? {
+            Some(version) if version == VERSION => Ok(true),
             Some(found) => {
-                Err(StoreError::Version { path: store.path, found: found.trim_end().chars().take(40).collect() })
+                Err(StoreError::Version { path: self.path.clone(), found: found.trim_end().chars().take(40).collect() })
             }
-            None => {
-                store.initialise()?;
-                Ok(store)
-            }
+            None => Ok(false),
         }
     }
 
@@ -228,8 +259,8 @@ impl Store {
         Ok(Some(text))
     }
 
-    /// Makes the directories, then the version. Several processes may do it at once.
-    fn initialise(&self) -> Result<()> {
+    /// A directory in which something else is kept does not become a store.
+    fn refuse_foreign(&self) -> Result<()> {
         for name in self.list("")? {
             let ours = DIRECTORIES.contains(&name.as_str()) || name.starts_with(dir::TEMPORARY);
             // Another process may have finished just now; a file system of its own has lost+found; and named containers
@@ -238,6 +269,12 @@ impl Store {
                 return Err(StoreError::Foreign { path: self.path.clone(), found: name });
             }
         }
+        Ok(())
+    }
+
+    /// Makes the directories, then the version. Several processes may do it at once.
+    fn initialise(&self) -> Result<()> {
+        self.refuse_foreign()?;
         for directory in DIRECTORIES {
             self.make_directory(directory)?;
         }

@@ -10,6 +10,7 @@ mod images;
 mod imports;
 mod inspect;
 mod login;
+mod node;
 mod start;
 mod tree;
 mod world;
