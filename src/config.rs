@@ -252,6 +252,32 @@ impl Default for HookSettings {
 pub struct LogSettings {
     /// `level`: `error`, `warn`, `info`, or `debug` with the times of a start's steps.
     pub level: LogLevel,
+    /// `destination`: `slurmd` or `journald`.
+    pub destination: LogDestination,
+    /// `format`, of lines in slurmd's log: `text` or `json`.
+    pub format: LogFormat,
+}
+
+/// Where it is said.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogDestination {
+    /// In slurmd's log, by the leading task.
+    #[default]
+    Slurmd,
+    /// In systemd's journal; where there is none, in slurmd's log.
+    Journald,
+}
+
+/// How it is said in slurmd's log.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// As lines for people.
+    #[default]
+    Text,
+    /// As one JSON object a line.
+    Json,
 }
 
 /// A level of [`LogSettings`].

@@ -22,6 +22,7 @@ pub mod image;
 pub mod import;
 pub mod importer;
 pub mod init;
+pub mod metrics;
 pub mod mounts;
 pub mod namespaces;
 pub mod options;

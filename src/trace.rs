@@ -1,4 +1,4 @@
-//! A listener of trace events that are for people: each is one line of text.
+//! A listener of trace events that are for people, or for programs that keep them.
 
 #![forbid(unsafe_code)]
 
@@ -6,7 +6,25 @@ use std::fmt::{self, Write};
 
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
-use tracing::{Event, Metadata, Subscriber};
+use tracing::{Event, Level, Metadata, Subscriber};
+
+/// What is heard of an event. Shown as one line of text: the message, and its fields as `name=value`.
+#[derive(Debug)]
+pub struct Heard {
+    /// How bad it is.
+    pub level: Level,
+    /// The message.
+    pub message: String,
+    /// The fields.
+    pub fields: Vec<(&'static str, String)>,
+}
+
+impl fmt::Display for Heard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)?;
+        self.fields.iter().try_for_each(|(name, value)| write!(f, " {name}={value}"))
+    }
+}
 
 /// Hears the events of this process that it wants. Spans are not recorded.
 #[derive(Debug)]
@@ -18,9 +36,9 @@ pub struct Listener<W, H> {
 impl<W, H> Listener<W, H>
 where
     W: Fn(&Metadata<'_>) -> bool + Send + Sync + 'static,
-    H: Fn(&str) + Send + Sync + 'static,
+    H: Fn(&Heard) + Send + Sync + 'static,
 {
-    /// Calls `heard` with the message of each event that is `wanted`, and its fields as `name=value`.
+    /// Calls `heard` for each event that is `wanted`.
     pub fn new(wanted: W, heard: H) -> Self {
         Self { wanted, heard }
     }
@@ -34,7 +52,7 @@ where
 impl<W, H> Subscriber for Listener<W, H>
 where
     W: Fn(&Metadata<'_>) -> bool + Send + Sync + 'static,
-    H: Fn(&str) + Send + Sync + 'static,
+    H: Fn(&Heard) + Send + Sync + 'static,
 {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         (self.wanted)(metadata)
@@ -49,9 +67,9 @@ where
     fn record_follows_from(&self, _: &Id, _: &Id) {}
 
     fn event(&self, event: &Event<'_>) {
-        let mut line = Line(String::new());
-        event.record(&mut line);
-        (self.heard)(&line.0);
+        let mut heard = Heard { level: *event.metadata().level(), message: String::new(), fields: Vec::new() };
+        event.record(&mut heard);
+        (self.heard)(&heard);
     }
 
     fn enter(&self, _: &Id) {}
@@ -59,14 +77,12 @@ where
     fn exit(&self, _: &Id) {}
 }
 
-struct Line(String);
-
-impl Visit for Line {
+impl Visit for Heard {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        // Writing to a String cannot fail.
-        let _ = match field.name() {
-            "message" => write!(self.0, "{value:?}"),
-            name => write!(self.0, " {name}={value:?}"),
-        };
+        match field.name() {
+            // Writing to a String cannot fail.
+            "message" => drop(write!(self.message, "{value:?}")),
+            name => self.fields.push((name, format!("{value:?}"))),
+        }
     }
 }

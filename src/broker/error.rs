@@ -4,6 +4,7 @@
 
 use std::path::PathBuf;
 
+use crate::metrics::Counter;
 use crate::task::UserMessage;
 
 /// Why there is no container. Each is reported by [`BrokerError::messages`].
@@ -54,6 +55,19 @@ pub(super) enum BrokerError {
 }
 
 impl BrokerError {
+    /// For the metrics.
+    pub fn counters(&self) -> &'static [Counter] {
+        match self {
+            Self::Import { .. } => &[Counter::NotStarted, Counter::NoImage],
+            Self::Create { .. } => &[Counter::NotStarted, Counter::NoLocalImage],
+            Self::SiteImporter { .. } => &[Counter::NotStarted, Counter::NoSiteImage],
+            Self::Start(_) => &[Counter::NotStarted, Counter::NodeFailed],
+            Self::Refused(_) => &[Counter::NotStarted, Counter::Refused],
+            Self::Init(_) => &[Counter::NotStarted, Counter::InitFailed],
+            Self::Cancelled => &[Counter::Cancelled],
+        }
+    }
+
     pub fn messages(self) -> Vec<UserMessage> {
         match self {
             Self::Import { ref reason, .. } | Self::Create { ref reason, .. } => {

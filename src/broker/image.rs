@@ -15,6 +15,7 @@ use super::{BrokerError, Leader, failed};
 use crate::config::Config;
 use crate::container::InUse;
 use crate::image::reference::ImageReference;
+use crate::metrics::{Meter, Metrics};
 use crate::policy::Policy;
 use crate::progress::{Progress, Update};
 use crate::request::{Environment, ImageSource, LocalImage, StepRequest};
@@ -34,6 +35,10 @@ pub(super) struct Acquisition<'a, 'b> {
     pub environment: &'a Environment,
     /// What the collector must leave alone.
     pub in_use: &'a InUse<'a>,
+    /// Where imports are counted.
+    pub metrics: &'a Metrics,
+    /// What has happened so far.
+    pub meter: Meter,
 }
 
 /// What a container can be made from.
@@ -76,7 +81,17 @@ impl Acquisition<'_, '_> {
         let store = Store::open(&self.config.store.path)?;
         let wanted = AcquireRequest { user: &self.request.user, reference, environment: self.environment };
         let in_use = self.in_use;
-        self.watch(None, |cancel, events| import::acquire(&store, &settings, wanted, in_use, cancel, events))
+        let image =
+            self.watch(None, |cancel, events| import::acquire(&store, &settings, wanted, in_use, cancel, events));
+        self.count(image.as_ref());
+        image
+    }
+
+    fn count(&self, image: Result<&AcquiredImage, &ImportError>) {
+        match image {
+            Ok(image) => self.metrics.acquired(image, &self.meter),
+            Err(error) => self.metrics.not_acquired(error, &self.meter),
+        }
     }
 
     fn of_registry(&mut self, typed: &str, reference: &ImageReference) -> Result<AcquiredImage, BrokerError> {
@@ -87,6 +102,7 @@ impl Acquisition<'_, '_> {
         let in_use = self.in_use;
         let image = self
             .watch(Some(typed), |cancel, events| import::acquire(&store, &settings, wanted, in_use, cancel, events));
+        self.count(image.as_ref());
         let image = image.map_err(|error| match import_error(typed, &error) {
             BrokerError::Import { image, reason, .. } => {
                 BrokerError::Import { image, reason, hint: self.hint(typed, &settings) }
@@ -140,10 +156,16 @@ impl Acquisition<'_, '_> {
         let (in_use, life) = (self.in_use, self.life);
         let method = Method::choose(self.config.squashfs.mode, self.request);
         let preparation = Preparation { store: &store, settings: &settings, wanted, in_use, life, method };
-        self.watch(announced, |cancel, events| {
+        let acquired = self.watch(announced, |cancel, events| {
             let opened = import::open_local(&settings, wanted, cancel, events)?;
             preparation.prepare(opened, cancel, events)
-        })
+        });
+        match &acquired {
+            Ok(Acquired::Layers(image)) => self.count(Ok(image)),
+            Ok(Acquired::Mount(_) | Acquired::Fuse(_)) => {}
+            Err(error) => self.count(Err(error)),
+        }
+        acquired
     }
 
     /// Calls `work`, which may be cancelled, and tells the leader what happens.
@@ -154,10 +176,11 @@ impl Acquisition<'_, '_> {
     ) -> Result<T, ImportError> {
         let in_step = self.request.step.is_some();
         let mut progress = announced.map(|typed| Progress::new(typed, &self.config.progress));
-        let leader = &mut *self.leader;
+        let (leader, meter) = (&mut *self.leader, &mut self.meter);
         let cancel: [BorrowedFd<'_>; 2] = [leader.channel.as_fd(), self.life.as_fd()];
         let mut gone = false;
         let image = work(&cancel, &mut |event| {
+            meter.note(&event);
             if let Some(Update { line, due }) = progress.as_mut().and_then(|progress| progress.note(&event)) {
                 let _ = leader.channel.send(&ToLeader::Progress { line, due }, &[]);
             }

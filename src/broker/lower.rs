@@ -13,6 +13,7 @@ use crate::container::InUse;
 use crate::container::record::{Lower, Record};
 use crate::image::digest::Digest;
 use crate::image::reference::ImageReference;
+use crate::metrics::Meter;
 use crate::policy::Subject;
 use crate::store::{LeasedLayer, Store};
 
@@ -37,9 +38,11 @@ pub(super) enum Squashfs {
 impl Step<'_> {
     /// The image that the request names, for a new container.
     pub(super) fn acquire(&mut self) -> Result<Image, BrokerError> {
-        let Self { leader, life, config, request, environment, mounts, .. } = self;
-        let in_use = InUse::new(mounts, &config.container.path);
-        let image = Acquisition { leader, life, config, request, environment, in_use: &in_use }.acquire()?;
+        let Self { leader, life, config, request, environment, mounts, metrics, .. } = self;
+        let (in_use, meter) = (&InUse::new(mounts, &config.container.path), Meter::default());
+        let mut acquisition = Acquisition { leader, life, config, request, environment, in_use, metrics, meter };
+        let image = acquisition.acquire()?;
+        self.imported = acquisition.meter.imported();
         let of_squashfs =
             |squashfs| Image { config: vec![], digest: None, layers: vec![], squashfs: Some(squashfs), record: None };
         let image = match image {
@@ -105,9 +108,10 @@ impl Step<'_> {
         let Some(reference) = reference else { return Err(lost("they came from no registry".into())) };
         let exact = ImageReference { tag_or_digest: manifest.to_string(), ..reference.clone() };
         tracing::warn!("layers of the container are no longer in the store: importing {exact} again");
-        let Self { leader, life, config, request, environment, mounts, .. } = self;
-        let in_use = InUse::new(mounts, &config.container.path);
-        let mut acquisition = Acquisition { leader, life, config, request, environment, in_use: &in_use };
+        let Self { leader, life, config, request, environment, mounts, metrics, imported, .. } = self;
+        *imported = true;
+        let (in_use, meter) = (&InUse::new(mounts, &config.container.path), Meter::default());
+        let mut acquisition = Acquisition { leader, life, config, request, environment, in_use, metrics, meter };
         match acquisition.again(&exact) {
             Ok(image) if image.layers.iter().map(|layer| &layer.diff_id).eq(layers) => Ok(image.layers),
             Ok(_) => Err(lost("the registry has other ones now".into())),

@@ -40,6 +40,7 @@ use crate::image::digest::Digest;
 use crate::init::attach::Attach;
 use crate::init::protocol::{FromInit, ToInit};
 use crate::init::{self, Start};
+use crate::metrics::Metrics;
 use crate::namespaces;
 use crate::request::{Environment, NameMode, PROTOCOL_VERSION, StepRequest};
 use crate::rootfs::layers::LayerMounts;
@@ -83,7 +84,9 @@ pub fn main(config: Option<PathBuf>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            for message in error.messages() {
+            let messages = error.messages();
+            trace::failed(&messages);
+            for message in messages {
                 let _ = channel.send(&ToLeader::Say(message), &[]);
             }
             let _ = channel.send(&ToLeader::Failed, &[]);
@@ -126,7 +129,7 @@ fn start(
     let block = memfile::read_all(environment, MAX_MEMORY_FILE).map_err(failed("environment"))?;
     let environment = Environment::from_block(&block);
     let config = Config::load(config).map_err(failed("configuration"))?;
-    trace::install(leader_channel, config.log.level.into());
+    trace::install(leader_channel, &config.log, &request);
 
     // Through /proc only its owner and root get at it: whoever joins this container later looks whether the step is over.
     let _ = rustix::fs::fchmod(&life, Mode::from_raw_mode(0o444));
@@ -143,11 +146,21 @@ fn start(
     let leader = Leader::new(leader_channel, leader);
     let host = rustix::fs::open("/proc/self/ns/mnt", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
         .map_err(failed("mount namespace"))?;
+    let metrics = Metrics::open(&config.runtime.path);
+    let (began, imported) = (Instant::now(), false);
     let mut step =
-        Step { leader, life, config, request, environment, mounts, name, running, host, began: Instant::now() };
-    // Another time if the container that this step was to join has ended meanwhile.
-    while !step.start(mode.flatten())? {}
-    Ok(())
+        Step { leader, life, config, request, environment, mounts, name, running, host, metrics, imported, began };
+    loop {
+        match step.start(mode.flatten()) {
+            Ok(true) => return Ok(()),
+            // Another time: the container that this step was to join has ended meanwhile.
+            Ok(false) => {}
+            Err(error) => {
+                error.counters().iter().for_each(|counter| step.metrics.count(*counter));
+                return Err(error);
+            }
+        }
+    }
 }
 
 /// Why the `needed` capabilities cannot be had, by name: in a pod or a container slurmd may run without some.
@@ -177,6 +190,9 @@ struct Step<'a> {
     running: Running,
     /// The mount namespace of the host, which the broker leaves for that of the layers.
     host: OwnedFd,
+    metrics: Metrics,
+    /// Whether something of the image had to be imported.
+    imported: bool,
     began: Instant,
 }
 
@@ -380,6 +396,7 @@ impl Step<'_> {
         let init = init.as_raw_nonzero().get();
         let message = ToLeader::Ready { init, workdir, entrypoint, cgroup_namespace, gpu_numbers };
         self.leader.channel.send(&message, &descriptors).map_err(|_| BrokerError::Cancelled)?;
+        self.metrics.started(self.began.elapsed(), self.imported);
         if wait { self.stand_by() } else { Ok(()) }
     }
 

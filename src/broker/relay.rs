@@ -10,7 +10,7 @@ use rustix::process::Pid;
 use super::error::{BrokerError, failed};
 use super::named::Patience;
 use super::squashfs::FuseServer;
-use super::{Step, inventory};
+use super::{Step, inventory, trace};
 use crate::devices::access::DeviceAccess;
 use crate::init::protocol::{FromInit, ToInit};
 use crate::rootfs::cgroups;
@@ -42,6 +42,11 @@ impl<'a> Leader<'a> {
     }
 
     pub fn say(&self, message: UserMessage) {
+        if let UserMessage::Log(line) = &message
+            && trace::line(line)
+        {
+            return;
+        }
         // A leader that is gone is noticed where the broker waits.
         let _ = self.channel.send(&ToLeader::Say(message), &[]);
     }

@@ -10,6 +10,7 @@ pub mod gc;
 mod generate;
 mod inspect;
 mod login;
+mod metrics;
 mod prompt;
 mod pull;
 mod run;
@@ -80,6 +81,8 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Show the devices of this node, and what of them a container would get
     Devices(devices::DevicesArgs),
+    /// Print what happened since the node was booted, in Prometheus' text format
+    Metrics(metrics::MetricsArgs),
     /// Remove layers that no job uses from the store
     Gc(gc::GcArgs),
     /// Write man pages and shell completions
@@ -134,6 +137,7 @@ fn typed() -> ExitCode {
         Command::Generate(generate) => generate::run(&generate),
         Command::Doctor(doctor) => doctor::run(&doctor, &arguments.config),
         Command::Devices(devices) => devices::run(&devices, &arguments.config),
+        Command::Metrics(metrics) => metrics::run(&metrics, &arguments.config),
         Command::Gc(gc) => collect(&gc, &arguments.config),
         Command::Enroot(command) => return enroot::run(command, &arguments.config, enroot::CalledAs::Pyxis),
     };

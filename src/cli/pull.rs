@@ -18,6 +18,7 @@ use crate::config::Config;
 use crate::container::InUse;
 use crate::image::digest::Digest;
 use crate::image::reference::ImageReference;
+use crate::metrics::{Meter, Metrics};
 use crate::options::Options;
 use crate::options::table::OptionId;
 use crate::progress::{Progress, Screen, Update};
@@ -232,7 +233,9 @@ fn import(
     let wanted = AcquireRequest { user, reference, environment };
     let image = outcome.image.clone();
     let mut progress = Progress::new(&image, &config.progress);
+    let (metrics, mut meter) = (Metrics::open(&config.runtime.path), Meter::default());
     let acquired = acquire(&store, &settings, wanted, &in_use, &[], &mut |event| {
+        meter.note(&event);
         if let Some(Update { line, due }) = progress.note(&event) {
             send(&Message::Progress(line, due));
         }
@@ -247,6 +250,10 @@ fn import(
             _ => {}
         }
     });
+    match &acquired {
+        Ok(image) => metrics.acquired(image, &meter),
+        Err(error) => metrics.not_acquired(error, &meter),
+    }
     let acquired = acquired.map_err(|error| error.to_string())?;
     outcome.digest = Some(acquired.manifest);
     send(&Message::Say(format!("imported docker image: {image}")));

@@ -40,7 +40,7 @@ use crate::registry::resolve::resolve;
 use crate::squashfs;
 use crate::sys::channel::Channel;
 use crate::sys::memfile;
-use crate::trace::Listener;
+use crate::trace::{Heard, Listener};
 
 /// How often progress is reported.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
@@ -63,8 +63,8 @@ pub fn run(channel: BrokerChannel) -> ExitCode {
     let channel = Arc::new(channel);
     let to_broker = Arc::clone(&channel);
     let wanted = |event: &tracing::Metadata<'_>| event.target() == TROUBLE;
-    let heard = move |message: &str| {
-        let message = message.chars().take(MAX_TROUBLE).collect();
+    let heard = move |heard: &Heard| {
+        let message = heard.to_string().chars().take(MAX_TROUBLE).collect();
         // A broker that is gone ends the process.
         let _ = to_broker.send(&Report::Trouble { message }, &[]);
     };

@@ -165,6 +165,12 @@ impl Store {
         Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
     }
 
+    /// Number of layers, and the bytes that they take.
+    pub fn usage(&self) -> Result<(u64, u64)> {
+        let candidates = self.candidates()?;
+        Ok((candidates.len() as u64, candidates.iter().map(|candidate| candidate.bytes).sum()))
+    }
+
     /// Removes unused layers until `goal` is reached, and what is left over without them. With `dry_run` only says what
     /// it would remove. One process at a time: [`StoreError::Collecting`].
     pub fn collect(&self, goal: Goal, pinned: &dyn PinnedMounts, dry_run: bool) -> Result<CollectReport> {

@@ -2,8 +2,10 @@
 
 pub mod channel;
 pub mod command;
+pub mod counters;
 pub mod exec;
 pub mod file;
+pub mod journal;
 pub mod loopdev;
 pub mod memfile;
 pub mod mount;

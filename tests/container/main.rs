@@ -2,6 +2,8 @@
 //! built by mkfs.erofs, so that what is judged here is the mount path, container init and the join alone.
 
 mod enroot;
+mod log;
+mod metrics;
 mod rc;
 mod seed;
 

@@ -251,6 +251,15 @@ impl Node {
         self.command(&arguments).envs(variables.iter().copied()).current_dir(cwd).output().unwrap()
     }
 
+    /// The same, after a shell script of root's in a mount namespace that goes with the container.
+    pub fn run_after(&self, before: &str, options: &[&str], script: &str) -> Output {
+        let arguments = [&["run", "--user", USER.0], options, &[IMAGE, "sh", "-c", script]].concat();
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c"]).arg(format!("{before} && exec \"$0\" \"$@\""));
+        let inner = self.command(&arguments);
+        command.arg(inner.get_program()).args(inner.get_args()).output().unwrap()
+    }
+
     /// A shell script in a container.
     pub fn run(&self, options: &[&str], script: &str) -> Output {
         let arguments = [&["run", "--user", USER.0], options, &[IMAGE, "sh", "-c", script]].concat();

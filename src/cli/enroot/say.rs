@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tracing::{Level, Metadata};
 
 use crate::registry::{AUTHENTICATED, PROGRESS, TROUBLE};
-use crate::trace::Listener;
+use crate::trace::{Heard, Listener};
 
 /// Progress.
 pub fn info(text: impl Display) {
@@ -54,11 +54,12 @@ pub fn line(text: impl Display) -> io::Result<()> {
 /// From now on, what the registry client says about its progress and its troubles is shown, each once.
 pub fn follow_the_registry() {
     let asked = AtomicBool::new(false);
-    let heard = move |message: &str| {
+    let heard = move |heard: &Heard| {
+        let message = heard.to_string();
         // A token that is renewed is no news.
         let authentication = message.starts_with("Authenticat") || message.starts_with("Using credentials");
         if !(authentication && asked.load(Ordering::Relaxed)) {
-            info(message);
+            info(&message);
         }
         if message == AUTHENTICATED {
             asked.store(true, Ordering::Relaxed);
