@@ -1,5 +1,7 @@
 //! Man pages and shell completions, made from the commands' own descriptions: for `make install` and packagers.
 
+mod reference;
+
 use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -16,8 +18,11 @@ use super::{devices, doctor, gc, inspect, login, pull};
 #[derive(Debug, Clone, clap::Args)]
 pub struct GenerateArgs {
     /// PREFIX/share: below it man/man1, bash-completion/completions, zsh/site-functions and fish/vendor_completions.d
-    #[arg(value_name = "DIRECTORY")]
-    directory: PathBuf,
+    #[arg(value_name = "DIRECTORY", required_unless_present = "configuration")]
+    directory: Option<PathBuf>,
+    /// Print the reference of the configuration instead, as Markdown
+    #[arg(long)]
+    configuration: bool,
 }
 
 /// What commands say in JSON. Fields are added, and none is removed or changes its meaning.
@@ -33,7 +38,10 @@ const JSON: &[(&str, &str)] = &[
 
 /// Runs the command.
 pub fn run(args: &GenerateArgs) -> Result<ExitCode, Box<dyn std::error::Error>> {
-    let directory = &args.directory;
+    let Some(directory) = args.directory.as_ref().filter(|_| !args.configuration) else {
+        print!("{}", reference::reference());
+        return Ok(ExitCode::SUCCESS);
+    };
     let failed = |error| format!("cannot write below {}: {}", directory.display(), crate::sys::reason(error));
     man_pages(&directory.join("man/man1")).and_then(|()| completions(directory)).map_err(failed)?;
     Ok(ExitCode::SUCCESS)
