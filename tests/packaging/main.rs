@@ -5,6 +5,7 @@
 
 mod contents;
 mod lifecycle;
+mod slinky;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
