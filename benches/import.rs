@@ -20,6 +20,7 @@ use spank_pyxis::image::reference::ImageReference;
 use spank_pyxis::importer::pipe;
 use spank_pyxis::importer::protocol::{self, ImportLimits, LayerDescriptor, Report};
 use spank_pyxis::registry::config::{RegistryConfig, RegistryEntry};
+use spank_pyxis::registry::proxy::Variables;
 use spank_pyxis::sys::channel::{self, Channel};
 use testbed::registry::{Registry, RegistryOptions};
 use testbed::{Site, images};
@@ -128,7 +129,16 @@ fn run_import(registry: &Registry, directory: &Path) -> Result<Run> {
     registries.registry.insert(registry.host(), RegistryEntry { insecure: true, ..RegistryEntry::default() });
     let limits = ImportLimits { max_layer_bytes: 1 << 40, max_layer_entries: 10_000_000, max_connections: LAYERS };
     let reference = ImageReference::parse(&format!("{}/{REPOSITORY}", registry.host()))?;
-    broker.send(&protocol::Command::Resolve { reference, registries, site_files: vec![], limits }, &[])?;
+    broker.send(
+        &protocol::Command::Resolve {
+            reference,
+            registries: Box::new(registries),
+            job_proxy: Variables::default(),
+            site_files: vec![],
+            limits,
+        },
+        &[],
+    )?;
     let Report::Resolved { layers, .. } = next()? else { bail!("out of turn") };
     let mut run = Run { layers, ..Run::default() };
     let files: Vec<File> = run.layers.iter().map(|_| unnamed(directory)).collect::<Result<_>>()?;

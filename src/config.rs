@@ -17,6 +17,7 @@ use crate::registry::config::NetworkConfig;
 pub use crate::registry::config::{RegistryConfig, RegistryEntry};
 use crate::registry::containers::Registries;
 use crate::registry::names::ShortNames;
+use crate::registry::proxy::ProxyConfig;
 use crate::request::PullPolicy;
 use crate::store::Watermarks;
 
@@ -55,6 +56,8 @@ pub struct Config {
     pub registries: RegistriesConf,
     /// Bounds on waiting for registries.
     pub network: NetworkConfig,
+    /// Proxies on the way to registries.
+    pub proxy: ProxyConfig,
     /// Which images may be used, and by whom.
     pub policy: Policy,
 }
@@ -416,6 +419,7 @@ impl Config {
         RegistryConfig {
             registry: self.registry.clone(),
             network: self.network,
+            proxy: self.proxy.clone(),
             short_names: self.short_names.clone(),
             ..RegistryConfig::default()
         }

@@ -106,9 +106,11 @@ impl Progress {
                 self.sample(now);
             }
             // Whoever is told of a process or a line has other means.
-            ImportEvent::NetworkStart | ImportEvent::Process { .. } | ImportEvent::Warning(_) | ImportEvent::Log(_) => {
-                return None;
-            }
+            ImportEvent::NetworkStart
+            | ImportEvent::Process { .. }
+            | ImportEvent::Warning(_)
+            | ImportEvent::Crowded(_)
+            | ImportEvent::Log(_) => return None,
         }
         let fresh = self.refreshed.is_some_and(|last| now.saturating_duration_since(last) < REFRESH);
         let due = self.due.is_some_and(|due| now >= due);

@@ -198,6 +198,7 @@ impl Acquisition<'_, '_> {
                     }
                 }
                 ImportEvent::Warning(text) => leader.say(UserMessage::Notice(format!("pyxis: {text}"))),
+                ImportEvent::Crowded(text) => tracing::warn!("{text}"),
                 ImportEvent::Log(text) => tracing::info!("{text}"),
                 ImportEvent::Trouble(text) => tracing::info!("{text}"),
                 ImportEvent::Resolved { .. }

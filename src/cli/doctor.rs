@@ -11,11 +11,13 @@ use serde::{Deserialize, Serialize};
 
 use super::enroot::Context;
 use super::unprivileged;
+use crate::broker::import::crowded;
 use crate::config::Config;
 use crate::container::kept::Containers;
 use crate::image::reference::ImageReference;
 use crate::registry::client::Client;
 use crate::registry::credentials::no_keys;
+use crate::registry::proxy::Proxies;
 use crate::request::User;
 use crate::rootfs::probe;
 use crate::store::Store;
@@ -162,9 +164,13 @@ fn user_namespaces() -> Check {
 
 fn store(config: &Config) -> Check {
     let path = config.store.path.display();
-    let opened = Store::open(&config.store.path).and_then(|store| store.available());
+    let high = config.store.watermarks.high;
+    let opened = Store::open(&config.store.path)
+        .and_then(|store| Ok((store.available()?, store.beyond(high)?, crowded(&store, high))));
     match opened {
-        Ok(available) => Check::ok("store", format!("{path}, {} available", crate::store::size(available))),
+        Ok((available, 0, _)) => Check::ok("store", format!("{path}, {} available", crate::store::size(available))),
+        // What nothing uses may go yet.
+        Ok((.., crowded)) => Check::bad("store", Status::Warning, crowded, ""),
         Err(error) => Check::bad("store", Status::Failed, error.to_string(), ""),
     }
 }
@@ -206,7 +212,8 @@ fn importer_account(config: &Config) -> (Option<User>, Check) {
 
 /// Docker Hub, every registry that the configuration names, and their mirrors.
 fn registries(config: &Config, account: Option<User>) -> Vec<Check> {
-    let settings = config.registries();
+    let mut settings = config.registries();
+    settings.proxies = Proxies::of_command(&settings.proxy);
     let mut names: Vec<&str> = config.registry.keys().map(String::as_str).collect();
     if !names.contains(&"docker.io") {
         names.push("docker.io");

@@ -246,7 +246,7 @@ fn import(
                 let layers = count(layers, "layer");
                 send(&Message::Say(format!("{image}: {layers}, {missing} to download with {}", size(bytes))));
             }
-            ImportEvent::Warning(text) => send(&Message::Say(text)),
+            ImportEvent::Warning(text) | ImportEvent::Crowded(text) => send(&Message::Say(text)),
             _ => {}
         }
     });

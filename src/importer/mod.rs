@@ -36,6 +36,7 @@ use crate::registry::TROUBLE;
 use crate::registry::client::Client;
 use crate::registry::credentials::remote::{Asker, RemoteKeys};
 use crate::registry::credentials::{Keyrings, SharedKeyring, no_keys};
+use crate::registry::proxy::Proxies;
 use crate::registry::resolve::resolve;
 use crate::squashfs;
 use crate::sys::channel::Channel;
@@ -208,7 +209,8 @@ fn worker_count(most: usize) -> usize {
 fn find(start: Start, channel: &BrokerChannel) -> Result<Image, Failure> {
     let mut descriptors = start.descriptors.into_iter();
     let (image, report, config) = match start.command {
-        Command::Resolve { reference, mut registries, site_files, limits } => {
+        Command::Resolve { reference, mut registries, job_proxy, site_files, limits } => {
+            registries.proxies = Proxies::of_import(&registries.proxy, &job_proxy);
             let user: SharedKeyring = match descriptors.next() {
                 Some(channel) => Arc::new(RemoteKeys::new(Asker::from(channel))),
                 None => no_keys(),

@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::RegistryConfig;
 use crate::image::digest::Digest;
 use crate::image::reference::ImageReference;
+use crate::registry::proxy::Variables;
 use crate::registry::site::SiteFile;
 use crate::request::LocalForm;
 use crate::source::SourceForm;
@@ -37,7 +38,9 @@ pub enum Command {
         /// The image the user asked for.
         reference: ImageReference,
         /// Mirrors, plain HTTP, timeouts.
-        registries: RegistryConfig,
+        registries: Box<RegistryConfig>,
+        /// Proxies that the job names, as far as it may.
+        job_proxy: Variables,
         /// Files of the site's for the image's registry and its mirrors.
         site_files: Vec<SiteFile>,
         /// Bounds of one layer.

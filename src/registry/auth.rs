@@ -15,13 +15,13 @@ use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 use ureq::http::header::WWW_AUTHENTICATE;
 use ureq::http::uri::Scheme;
-use ureq::http::{HeaderMap, HeaderValue, Uri};
+use ureq::http::{HeaderMap, HeaderValue, StatusCode, Uri};
 use zeroize::Zeroizing;
 
 use super::challenge::{self, Challenge};
 use super::config::Endpoint;
 use super::credentials::{Answer, Credential, Kind, Query, SharedKeyring};
-use super::error::RegistryError;
+use super::error::{IN_REFERENCE, RegistryError};
 use super::http::{host_of, parse_url};
 use super::{AUTHENTICATED, PROGRESS};
 
@@ -187,13 +187,23 @@ impl Authenticator {
     }
 
     /// The error for a request that the registry refuses for good, with 401 or 403.
-    pub fn denied(&self, detail: String) -> RegistryError {
-        self.refused(&self.state(), detail)
+    pub fn denied(&self, status: StatusCode, detail: String) -> RegistryError {
+        self.refused(&self.state(), status, detail)
     }
 
-    fn refused(&self, state: &State, detail: String) -> RegistryError {
+    fn refused(&self, state: &State, status: StatusCode, detail: String) -> RegistryError {
         match &state.identity {
             None => self.missing(&state.tried),
+            // Behind a token the password was believed.
+            Some(identity) if status == StatusCode::UNAUTHORIZED && state.renewal.is_none() => {
+                RegistryError::CredentialsRefused {
+                    server: self.endpoint.host.clone(),
+                    registry: self.endpoint.host.clone(),
+                    user: identity.user.clone(),
+                    file: identity.source.clone(),
+                    detail,
+                }
+            }
             Some(identity) => RegistryError::Forbidden {
                 host: self.endpoint.host.clone(),
                 repository: self.endpoint.repository.clone(),
@@ -210,6 +220,7 @@ impl Authenticator {
             None => self.missing(&request.tried),
             Some(credential) => RegistryError::CredentialsRefused {
                 server: host_of(&request.url),
+                registry: self.endpoint.host.clone(),
                 user: credential.user.clone(),
                 file: credential.source.clone(),
                 detail,
@@ -229,6 +240,7 @@ impl Authenticator {
         RegistryError::CredentialsMissing {
             host: self.endpoint.host.clone(),
             repository: self.endpoint.repository.clone(),
+            hint: String::new(),
             tried: tried.to_owned(),
         }
     }
@@ -253,7 +265,7 @@ impl Authenticator {
     /// knows.
     fn find(&self, realm: &str) -> Result<(Option<Credential>, String), RegistryError> {
         if let Some((user, secret)) = self.user.as_deref().and_then(|user| user.split_once(':')) {
-            let source = "the image reference".to_owned();
+            let source = IN_REFERENCE.to_owned();
             let credential = Credential { user: user.to_owned(), secret: secret.into(), kind: Kind::Password, source };
             return Ok((Some(credential), String::new()));
         }
@@ -272,7 +284,7 @@ impl Authenticator {
         let (credential, tried) = self.find(&self.endpoint.host)?;
         let credential = credential.ok_or_else(|| self.missing(&tried))?;
         if state.identity.as_ref() == Some(&credential) {
-            return Err(self.refused(state, String::new()));
+            return Err(self.refused(state, StatusCode::UNAUTHORIZED, String::new()));
         }
         if credential.kind != Kind::Password {
             return Err(self.unsupported("it wants a password, and there is a token"));
@@ -326,7 +338,7 @@ impl Authenticator {
         let bearer = |token: &str| sensitive(&format!("Bearer {token}"));
         if let Some(token) = credential.as_ref().filter(|credential| credential.kind == Kind::RegistryToken) {
             if state.identity == credential {
-                return Err(self.refused(state, String::new()));
+                return Err(self.refused(state, StatusCode::UNAUTHORIZED, String::new()));
             }
             let header = bearer(token.secret.reveal());
             let header = header.ok_or_else(|| self.unsupported("the registry token of the user is malformed"))?;
@@ -399,6 +411,7 @@ fn basic(server: &str, credential: &Credential) -> Result<HeaderValue, RegistryE
     let value = Zeroizing::new(format!("Basic {}", STANDARD.encode(&*pair)));
     sensitive(&value).ok_or_else(|| RegistryError::CredentialsRefused {
         server: server.to_owned(),
+        registry: server.to_owned(),
         user: credential.user.clone(),
         file: credential.source.clone(),
         detail: String::new(),
@@ -437,6 +450,7 @@ fn announce(credential: Option<&Credential>) {
 #[cfg(test)]
 mod tests {
     use super::super::credentials::no_keys;
+    use super::super::proxy::Proxies;
     use super::super::site::Access;
     use super::*;
 
@@ -447,6 +461,7 @@ mod tests {
             insecure,
             mirror: false,
             access: Access::default(),
+            proxies: Proxies::default(),
         };
         Authenticator::new(endpoint, no_keys(), None)
     }

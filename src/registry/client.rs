@@ -65,7 +65,7 @@ impl Client {
     /// A client that presents to `endpoint` what `keyring` has for it, of `user` if one is named.
     pub fn new(endpoint: Endpoint, network: NetworkConfig, keyring: SharedKeyring, user: Option<String>) -> Self {
         let auth = Authenticator::new(endpoint.clone(), keyring, user);
-        let http = Http::new(network, &endpoint.host, endpoint.access.clone());
+        let http = Http::new(network, &endpoint);
         Self { http, endpoint, auth, network, extra: Extra::default() }
     }
 
@@ -207,8 +207,8 @@ impl Client {
                 StatusCode::FORBIDDEN if answer.from_origin && challenges < 2 && self.auth.look_again(generation) => {
                     challenges += 1;
                 }
-                StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if answer.from_origin => {
-                    return Err(self.auth.denied(detail(answer.response)));
+                status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) if answer.from_origin => {
+                    return Err(self.auth.denied(status, detail(answer.response)));
                 }
                 _ => return Err(status_error(answer, ask)),
             }

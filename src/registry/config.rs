@@ -25,6 +25,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::names::ShortNames;
+use super::proxy::{Proxies, ProxyConfig};
 use super::site::Access;
 use crate::image::reference::{ImageReference, is_docker_hub, is_host};
 
@@ -36,6 +37,11 @@ pub struct RegistryConfig {
     pub registry: BTreeMap<String, RegistryEntry>,
     /// Bounds on waiting.
     pub network: NetworkConfig,
+    /// Proxies of the site's.
+    pub proxy: ProxyConfig,
+    /// The proxies that count: chosen by whoever is going to use them.
+    #[serde(skip)]
+    pub proxies: Proxies,
     /// What names without a registry mean. Not for the importer, which is told the whole name.
     #[serde(skip)]
     pub short_names: ShortNames,
@@ -159,6 +165,9 @@ pub enum InvalidRegistry {
     /// A short name.
     #[error("short_names: {0}")]
     ShortName(String),
+    /// A proxy.
+    #[error("proxy.{0}: expected [http[s]://][USER:PASSWORD@]HOST[:PORT]")]
+    Proxy(&'static str),
     /// A number that is 0.
     #[error("network.{0}: must be at least 1")]
     Zero(&'static str),
@@ -177,6 +186,8 @@ pub struct Endpoint {
     pub mirror: bool,
     /// What the site has for it.
     pub access: Access,
+    /// The proxies on the way.
+    pub proxies: Proxies,
 }
 
 impl Endpoint {
@@ -193,6 +204,7 @@ impl RegistryConfig {
             entry.check(name)?;
         }
         self.short_names.check().map_err(InvalidRegistry::ShortName)?;
+        self.proxy.check().map_err(InvalidRegistry::Proxy)?;
         let network = &self.network;
         for (name, value) in [
             ("connect_timeout", network.connect_timeout),
@@ -247,7 +259,7 @@ impl RegistryConfig {
         let endpoints = self.endpoints(reference);
         let others = endpoints.iter().filter_map(|endpoint| self.of_host(&endpoint.host));
         let registry = others.map(|(name, entry)| (name.to_owned(), entry.clone())).chain(own).collect();
-        Self { registry, network: self.network, ..Self::default() }
+        Self { registry, network: self.network, proxy: self.proxy.clone(), ..Self::default() }
     }
 
     /// Which table says that `reference` is refused.
@@ -259,7 +271,7 @@ impl RegistryConfig {
         let (host, path) = location_parts(location)?;
         let repository = [path, rest].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("/");
         let access = self.access.get(host).cloned().unwrap_or_default();
-        Some(Endpoint { host: host.to_owned(), repository, insecure, mirror, access })
+        Some(Endpoint { host: host.to_owned(), repository, insecure, mirror, access, proxies: self.proxies.clone() })
     }
 
     /// The mirrors to ask for `reference`, in order, before the registry itself.
@@ -285,6 +297,7 @@ impl RegistryConfig {
             insecure,
             mirror: false,
             access: self.access.get(&reference.registry).cloned().unwrap_or_default(),
+            proxies: self.proxies.clone(),
         })
     }
 

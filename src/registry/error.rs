@@ -11,7 +11,10 @@ use crate::image::config::ConfigError;
 use crate::image::digest::Digest;
 use crate::image::manifest::ManifestError;
 use crate::image::platform::Platform;
-use crate::image::reference::InvalidReference;
+use crate::image::reference::{InvalidReference, is_docker_hub};
+
+/// Where a password in a reference is said to be from.
+pub(super) const IN_REFERENCE: &str = "the image reference";
 
 /// Why an image could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -65,19 +68,25 @@ pub enum RegistryError {
     },
     /// 401 or 403, and nothing to present.
     #[error(
-        "{host} requires credentials for {repository}, or has no such repository: no credentials found for it; \
-         tried {tried}"
+        "{host} requires credentials for {repository}, or has no such repository: no credentials found for it; check \
+         the name, or run \"{}\"{hint}; tried {tried}",
+        login(.host)
     )]
     CredentialsMissing {
         /// Who refused.
         host: String,
         /// Repository there.
         repository: String,
+        /// Advice, after a semicolon; or nothing.
+        hint: String,
         /// Where credentials were looked for.
         tried: String,
     },
     /// The named user's credentials are nowhere.
-    #[error("no password of user {user} for {host} found; tried {tried}")]
+    #[error(
+        "no password of user {user} for {host} found: run \"{} --username={user}\"; tried {tried}",
+        login(.host)
+    )]
     UserUnknown {
         /// The user in the reference.
         user: String,
@@ -87,10 +96,15 @@ pub enum RegistryError {
         tried: String,
     },
     /// The token server or registry does not accept user name and password.
-    #[error("{server} refuses the password of user {user} (from {file}): renew it{detail}")]
+    #[error(
+        "{server} refuses the password of user {user} (from {file}): {}{detail}",
+        renew(.file, .registry)
+    )]
     CredentialsRefused {
-        /// Who refused.
+        /// Who refused: the registry, or its token server.
         server: String,
+        /// The registry.
+        registry: String,
         /// User name.
         user: String,
         /// Where the password is from.
@@ -99,7 +113,10 @@ pub enum RegistryError {
         detail: String,
     },
     /// The user is known and may not.
-    #[error("{host} does not let user {user} (from {file}) pull {repository}, or has no such repository{detail}")]
+    #[error(
+        "{host} does not let user {user} (from {file}) pull {repository}, or has no such repository{detail}: check the \
+         name, or ask its owner for access"
+    )]
     Forbidden {
         /// Who refused.
         host: String,
@@ -239,6 +256,23 @@ fn mirrors_and_registry(registry: &RegistryError, mirrors: &str) -> String {
     }
 }
 
+/// The command that keeps a password for `registry`.
+fn login(registry: &str) -> String {
+    if is_docker_hub(registry) { "pyxis login".to_owned() } else { format!("pyxis login {registry}") }
+}
+
+/// What to do about a password that is refused.
+fn renew(file: &str, registry: &str) -> String {
+    if file == IN_REFERENCE {
+        "correct it".to_owned()
+    } else if file.ends_with("/config.json") || file.starts_with("docker-credential-") {
+        format!("renew it with \"{}\"", login(registry))
+    } else {
+        // What is found there comes before what is kept elsewhere.
+        "renew it there".to_owned()
+    }
+}
+
 /// What helps against failures of the server's own.
 fn later(status: &StatusCode) -> &'static str {
     if status.is_server_error() { ": try again later, or configure a mirror" } else { "" }
@@ -272,7 +306,7 @@ pub enum TransportReason {
     /// A certificate that we do not trust.
     #[error(
         "certificate of an unknown authority: add the site's CA certificate to the trust store of this node \
-         (update-ca-certificates, update-ca-trust)"
+         (update-ca-certificates, update-ca-trust), or name it by ca in pyxis.toml"
     )]
     UnknownAuthority,
     /// A certificate for another name, expired, …
@@ -290,17 +324,19 @@ pub enum TransportReason {
     /// The configuration's files about it.
     #[error("the certificates that pyxis.toml names for it cannot be used: {0}")]
     Site(&'static str),
-    /// The proxy that is configured, not the registry.
-    #[error(
-        "not reached through the proxy {address} ({reason}): check https_proxy and no_proxy in import.environment of \
-         pyxis.toml"
-    )]
+    /// The proxy, not the registry.
+    #[error("not reached through the proxy {address} ({reason}): check https_proxy and no_proxy in {place}")]
     Proxy {
         /// `HOST:PORT`.
         address: String,
         /// What is wrong with it.
         reason: String,
+        /// Where it is named.
+        place: &'static str,
     },
+    /// Something is named that is no proxy.
+    #[error("not reached: https_proxy or http_proxy in {0} is not of the form http://[USER:PASSWORD@]HOST[:PORT]")]
+    NoProxy(&'static str),
     /// No answer in time, or too slow an answer.
     #[error("stalled: {0}: try again, or configure a mirror")]
     Stalled(String),
@@ -322,6 +358,7 @@ impl TransportReason {
             | Self::NotTls
             | Self::NoRoots
             | Self::Site(_)
+            | Self::NoProxy(_)
             | Self::Url => 1,
             Self::Refused | Self::Proxy { .. } => most.min(3),
             Self::Lookup(_) | Self::Unreachable(_) | Self::Tls(_) | Self::Stalled(_) | Self::Broken(_) => most,

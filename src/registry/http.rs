@@ -13,10 +13,11 @@ use ureq::http::header::{AUTHORIZATION, LOCATION, RETRY_AFTER};
 use ureq::http::uri::{Authority, Scheme};
 use ureq::http::{HeaderMap, HeaderValue, Method, Request, Response, Uri};
 use ureq::tls::{Certificate, ClientCert, RootCerts, TlsConfig};
-use ureq::{Agent, Body};
+use ureq::{Agent, Body, Proxy};
 
-use super::config::NetworkConfig;
+use super::config::{Endpoint, NetworkConfig};
 use super::error::{RegistryError, TransportError, TransportReason};
+use super::proxy::{Proxies, Via};
 use super::site::Access;
 
 const MAX_REDIRECTS: usize = 5;
@@ -29,7 +30,8 @@ pub(super) struct Http {
     /// What the site has for `host`.
     access: Access,
     host: String,
-    plain: Agent,
+    proxies: Proxies,
+    plain: Ways,
     /// Made on first use: reading the system's certificates takes milliseconds.
     secure: OnceLock<Result<Secure, TransportReason>>,
 }
@@ -37,8 +39,31 @@ pub(super) struct Http {
 #[derive(Debug)]
 struct Secure {
     /// For the registry itself, to which the client's certificate is shown.
-    own: Agent,
-    others: Agent,
+    own: Ways,
+    others: Ways,
+}
+
+/// One agent for those who are reached directly, others for those behind a proxy.
+#[derive(Debug)]
+struct Ways {
+    network: NetworkConfig,
+    tls: TlsConfig,
+    direct: Agent,
+    proxied: OnceLock<Agent>,
+}
+
+impl Ways {
+    fn new(network: NetworkConfig, tls: TlsConfig) -> Self {
+        let direct = agent(&network, tls.clone(), None);
+        Self { network, tls, direct, proxied: OnceLock::new() }
+    }
+
+    /// `via` is always the same for requests of the same scheme, if there is one.
+    fn by(&self, via: Option<&Via>) -> Result<&Agent, TransportReason> {
+        let Some(via) = via else { return Ok(&self.direct) };
+        let proxy = via.proxy.as_ref().ok_or(TransportReason::NoProxy(via.place))?;
+        Ok(self.proxied.get_or_init(|| agent(&self.network, self.tls.clone(), Some(proxy.clone()))))
+    }
 }
 
 /// An answer.
@@ -65,19 +90,21 @@ fn crypto_provider() -> rustls::crypto::CryptoProvider {
 }
 
 impl Http {
-    /// For `host`, for which the site has `access`, and for the servers that it names.
-    pub fn new(network: NetworkConfig, host: &str, access: Access) -> Self {
-        let plain = agent(&network, TlsConfig::builder().build());
-        Self { network, access, host: host.to_owned(), plain, secure: OnceLock::new() }
+    /// For `endpoint` and the servers that it names.
+    pub fn new(network: NetworkConfig, endpoint: &Endpoint) -> Self {
+        let Endpoint { host, access, proxies, .. } = endpoint.clone();
+        let plain = Ways::new(network, TlsConfig::builder().build());
+        Self { network, access, host, proxies, plain, secure: OnceLock::new() }
     }
 
     /// The agent for a URL.
     fn agent(&self, url: &Uri) -> Result<&Agent, TransportReason> {
+        let via = self.proxies.via(url);
         if url.scheme().ok_or(TransportReason::Url)? == &Scheme::HTTP {
-            return Ok(&self.plain);
+            return self.plain.by(via);
         }
         let secure = self.secure.get_or_init(|| self.make_secure()).as_ref().map_err(TransportReason::clone)?;
-        Ok(if host_of(url) == self.host { &secure.own } else { &secure.others })
+        if host_of(url) == self.host { secure.own.by(via) } else { secure.others.by(via) }
     }
 
     fn make_secure(&self) -> Result<Secure, TransportReason> {
@@ -92,9 +119,25 @@ impl Http {
         let provider = Arc::new(crypto_provider());
         let with = |client: Option<ClientCert>| {
             let tls = TlsConfig::builder().unversioned_rustls_crypto_provider(Arc::clone(&provider));
-            agent(&self.network, tls.root_certs(roots.clone()).client_cert(client).build())
+            Ways::new(self.network, tls.root_certs(roots.clone()).client_cert(client).build())
         };
         Ok(Secure { own: with(self.access.client().map_err(site)?), others: with(None) })
+    }
+
+    /// What a failed exchange with `url` means. Behind a proxy that alone is looked up and connected to.
+    fn failure(&self, url: &Uri, cause: ureq::Error) -> TransportReason {
+        use TransportReason as Reason;
+        let Some(via) = self.proxies.via(url) else { return transport_reason(cause) };
+        let reason = match cause {
+            ureq::Error::ConnectProxyFailed(text) => proxy_reason(&text),
+            cause => match transport_reason(cause) {
+                reason @ (Reason::NoSuchHost | Reason::Lookup(_) | Reason::Refused | Reason::Unreachable(_)) => {
+                    reason.to_string().split(':').next().unwrap_or_default().to_owned()
+                }
+                reason => return reason,
+            },
+        };
+        Reason::Proxy { address: via.address(), reason, place: via.place }
     }
 
     /// Sends a request, and on to where it is redirected. Any status is an answer.
@@ -131,7 +174,7 @@ impl Http {
         let error = |reason| TransportError { host: host_of(url), reason };
         let agent = self.agent(url).map_err(error)?;
         let request = agent.post(url).content_type("application/x-www-form-urlencoded");
-        let response = request.send(form).map_err(|cause| error(transport_reason(cause)))?;
+        let response = request.send(form).map_err(|cause| error(self.failure(url, cause)))?;
         Ok(Answer { response, host: host_of(url), from_origin: true })
     }
 
@@ -151,38 +194,29 @@ impl Http {
         if let Some(value) = authorization {
             request.headers_mut().insert(AUTHORIZATION, value.clone());
         }
-        agent.run(request).map_err(|cause| {
-            let proxy = agent.config().proxy().filter(|proxy| !proxy.is_no_proxy(url));
-            let address = proxy.map(|proxy| format!("{}:{}", proxy.host(), proxy.port()));
-            error(match (cause, address) {
-                (ureq::Error::ConnectProxyFailed(reason), Some(address)) => TransportReason::Proxy { address, reason },
-                (cause, address) => match (transport_reason(cause), address) {
-                    // The proxy alone is looked up and connected to.
-                    (
-                        reason @ (TransportReason::NoSuchHost
-                        | TransportReason::Lookup(_)
-                        | TransportReason::Refused
-                        | TransportReason::Unreachable(_)),
-                        Some(address),
-                    ) => {
-                        let reason = reason.to_string();
-                        let reason = reason.split(':').next().unwrap_or_default().to_owned();
-                        TransportReason::Proxy { address, reason }
-                    }
-                    (reason, _) => reason,
-                },
-            })
-        })
+        agent.run(request).map_err(|cause| error(self.failure(url, cause)))
     }
 }
 
-fn agent(network: &NetworkConfig, tls: TlsConfig) -> Agent {
+/// What a proxy's refusal of a CONNECT means, of which we are told `proxy server responded 403/403`.
+fn proxy_reason(text: &str) -> String {
+    match text.rsplit('/').next().and_then(|code| code.parse::<u16>().ok()) {
+        Some(407) => "it wants a user name and a password, or others: http://USER:PASSWORD@HOST:PORT".to_owned(),
+        Some(403) => "it answers 403: it does not let this node connect there".to_owned(),
+        Some(code) => format!("it answers {code}"),
+        None => "it does not answer as a proxy does".to_owned(),
+    }
+}
+
+fn agent(network: &NetworkConfig, tls: TlsConfig, proxy: Option<Proxy>) -> Agent {
     let seconds = |value: u32| Some(Duration::from_secs(value.into()));
     Agent::config_builder()
         .http_status_as_error(false)
         .max_redirects(0)
         .user_agent(USER_AGENT)
         .tls_config(tls)
+        // Or it would look into this process's environment, and not as others do.
+        .proxy(proxy)
         .timeout_resolve(seconds(network.connect_timeout.saturating_mul(2)))
         .timeout_connect(seconds(network.connect_timeout))
         .timeout_recv_response(seconds(network.stall_timeout))

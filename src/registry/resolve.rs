@@ -71,12 +71,15 @@ pub fn resolve(
 fn resolve_at(client: Client, reference: &ImageReference, platform: &Platform) -> Result<Resolved, RegistryError> {
     let image = reference.to_string();
     tracing::info!(target: PROGRESS, "Querying registry for permission grant");
+    let hint = || reference.not_found_hint().map(|hint| format!("; {hint}")).unwrap_or_default();
     let first = client.manifest(&reference.tag_or_digest).map_err(|error| match error {
-        error if error.is_not_found() => RegistryError::ImageNotFound {
-            image: image.clone(),
-            host: client.endpoint().host.clone(),
-            hint: reference.not_found_hint().map(|hint| format!("; {hint}")).unwrap_or_default(),
-        },
+        error if error.is_not_found() => {
+            RegistryError::ImageNotFound { image: image.clone(), host: client.endpoint().host.clone(), hint: hint() }
+        }
+        // That is how Docker Hub says that there is none.
+        RegistryError::CredentialsMissing { host, repository, tried, .. } => {
+            RegistryError::CredentialsMissing { host, repository, hint: hint(), tried }
+        }
         error => error,
     })?;
     if !client.is_authenticated() {

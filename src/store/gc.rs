@@ -171,6 +171,15 @@ impl Store {
         Ok((candidates.len() as u64, candidates.iter().map(|candidate| candidate.bytes).sum()))
     }
 
+    /// Bytes that there are beyond `level`.
+    pub fn beyond(&self, level: Watermark) -> Result<u64> {
+        let stored = match level {
+            Watermark::Bytes(_) => self.usage()?.1,
+            Watermark::Percent(_) => 0,
+        };
+        self.excess(level, stored)
+    }
+
     /// Removes unused layers until `goal` is reached, and what is left over without them. With `dry_run` only says what
     /// it would remove. One process at a time: [`StoreError::Collecting`].
     pub fn collect(&self, goal: Goal, pinned: &dyn PinnedMounts, dry_run: bool) -> Result<CollectReport> {

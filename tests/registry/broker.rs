@@ -13,6 +13,7 @@ use spank_pyxis::registry::config::{Mirror, NetworkConfig, PullFromMirror, Regis
 use spank_pyxis::registry::credentials::remote::serve;
 use spank_pyxis::registry::credentials::{Answer, Credential, Keyring, Kind, Query, SharedKeyring};
 use spank_pyxis::registry::site;
+use spank_pyxis::request::Environment;
 use spank_pyxis::sys::channel::{self, Channel};
 use spank_pyxis::sys::memfile;
 
@@ -25,6 +26,8 @@ pub struct Import {
     pub image: String,
     pub registries: RegistryConfig,
     pub keyring: SharedKeyring,
+    /// The job's environment, as far as it is about proxies.
+    pub job: Environment,
     pub limits: ImportLimits,
 }
 
@@ -67,6 +70,7 @@ impl Import {
             image: format!("{}/{image}", hosts[0]),
             registries,
             keyring: Arc::new(Entries::default()),
+            job: Environment::default(),
             limits: ImportLimits { max_layer_bytes: 64 << 20, max_layer_entries: 10_000, max_connections: 3 },
         }
     }
@@ -161,7 +165,8 @@ impl Conversation {
         let site_files = import.registries.site_files(&reference);
         let command = Command::Resolve {
             reference,
-            registries: import.registries.clone(),
+            registries: Box::new(import.registries.clone()),
+            job_proxy: import.registries.proxy.of_job(&import.job),
             site_files: site_files.clone(),
             limits: import.limits,
         };

@@ -110,9 +110,10 @@ fn names_are_looked_up() {
 fn a_proxy_in_trouble_is_named() {
     let proxy = Server::start(|_| Reply::status(403));
     let nobody = std::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
-    for (address, reason) in
-        [(proxy.host(), "proxy server responded 403/403"), (nobody.to_string(), "connection refused")]
-    {
+    for (address, reason) in [
+        (proxy.host(), "it answers 403: it does not let this node connect there"),
+        (nobody.to_string(), "connection refused"),
+    ] {
         let process = Process::start(&[&format!("https_proxy=http://{address}")]);
         let mut import = Import::new("x", &["registry.invalid"]);
         import.registries.registry.clear();

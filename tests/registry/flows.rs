@@ -263,7 +263,7 @@ fn github() {
     denied(&podman.import("other/image", &registry), "no credentials found");
     denied(&Home::new().import("team/image", &registry), "no credentials found");
     let wrong = Home::new().enroot(&format!("machine {} login octocat password ghp_old\n", registry.host()));
-    denied(&wrong.import("team/image", &registry), "renew it (DENIED: denied)");
+    denied(&wrong.import("team/image", &registry), "renew it there (DENIED: denied)");
 }
 
 /// GitLab: tokens are from another host, which enroot's users know by an entry of its own.

@@ -11,6 +11,7 @@ mod faults;
 mod flows;
 mod messages;
 mod proxied;
+mod proxies;
 mod pulls;
 mod real;
 mod server;

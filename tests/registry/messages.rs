@@ -3,6 +3,7 @@
 
 use serde_json::json;
 use spank_pyxis::image::platform::Platform;
+use spank_pyxis::registry::config::RegistryEntry;
 
 use crate::broker::Import;
 use crate::content::{Compression, Content, INDEX, MANIFEST, tar};
@@ -23,6 +24,22 @@ fn no_such_image_or_tag() {
             format!("image {host}/{image} not found: {host} has no such repository, tag or digest: check name and tag");
         assert!(message.starts_with(&expected), "{message}");
     }
+}
+
+/// Docker Hub says of images that do not exist that they want credentials.
+#[test]
+fn a_file_taken_for_an_image() {
+    let server = Server::start(|_| Reply::status(401).header("WWW-Authenticate", "Basic realm=x"));
+    let mut import = Import::new("x", &[&server.host()]);
+    import.image = "foo.sqsh".into();
+    let entry = RegistryEntry { location: Some(server.host()), insecure: true, ..RegistryEntry::default() };
+    import.registries.registry.insert("docker.io".into(), entry);
+    let message = import.fail().1;
+    let expected = format!(
+        "run \"pyxis login {}\"; for a squashfs file in the working directory write ./foo.sqsh; tried ",
+        server.host()
+    );
+    assert!(message.contains(&expected), "{message}");
 }
 
 #[test]

@@ -125,8 +125,12 @@ fn an_unknown_authority() {
     import.registries.registry.clear();
     let (kind, message) = import.fail();
     assert_eq!(kind, FailureKind::Unavailable);
-    assert!(
-        message.starts_with(&format!("{}: certificate of an unknown authority: add the site's CA", registry.host())),
-        "{message}"
+    assert_eq!(
+        message,
+        format!(
+            "{}: certificate of an unknown authority: add the site's CA certificate to the trust store of this node \
+             (update-ca-certificates, update-ca-trust), or name it by ca in pyxis.toml",
+            registry.host()
+        )
     );
 }

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Result, ensure};
@@ -106,11 +105,7 @@ pub fn have_index(world: &mut World) -> Result<()> {
         fs::write(tree.join("platform"), "another\n")?;
         let other_layout = layout.join("other");
         ImageBuilder::new(&other_layout)?.layer_from_tree(&tree, Compression::Gzip)?.finish("latest")?;
-        let manifest = |layout: &Path| -> Result<serde_json::Value> {
-            let index: serde_json::Value = serde_json::from_slice(&fs::read(layout.join("index.json"))?)?;
-            Ok(index["manifests"][0].clone())
-        };
-        let (mut other, mut own) = (manifest(&other_layout)?, manifest(&layout)?);
+        let (mut other, mut own) = (image::manifest(&other_layout)?, image::manifest(&layout)?);
         for blob in fs::read_dir(other_layout.join("blobs/sha256"))? {
             let blob = blob?;
             fs::rename(blob.path(), layout.join("blobs/sha256").join(blob.file_name()))?;
@@ -119,16 +114,7 @@ pub fn have_index(world: &mut World) -> Result<()> {
             descriptor["platform"] = json!({ "os": "linux", "architecture": architecture });
             descriptor["annotations"] = json!({});
         }
-        let media_type = "application/vnd.oci.image.index.v1+json";
-        let index = json!({ "schemaVersion": 2, "mediaType": media_type, "manifests": [other, own] });
-        let index = serde_json::to_vec(&index)?;
-        let digest = image::digest(&index);
-        fs::write(layout.join("blobs/sha256").join(digest.trim_start_matches("sha256:")), &index)?;
-        let top = json!({ "schemaVersion": 2, "manifests": [{
-            "mediaType": media_type, "digest": digest, "size": index.len(),
-            "annotations": { "org.opencontainers.image.ref.name": "latest" },
-        }]});
-        fs::write(layout.join("index.json"), serde_json::to_vec(&top)?)?;
+        image::index(&layout, &[other, own])?;
         Ok(mine)
     })
 }

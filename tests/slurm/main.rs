@@ -12,6 +12,7 @@ mod devices;
 mod enroot_world;
 mod entrypoint;
 mod environment;
+mod failures;
 mod identity;
 mod images;
 mod importer;
@@ -30,6 +31,7 @@ mod packages;
 mod pods;
 mod policy;
 mod progress;
+mod proxies;
 mod pull;
 mod registries;
 mod relay;
@@ -74,6 +76,8 @@ fn main() -> ExitCode {
         ("layouts", layouts::CASES),
         ("progress", progress::CASES),
         ("registries", registries::CASES),
+        ("failures", failures::CASES),
+        ("proxies", proxies::CASES),
         ("policy", policy::CASES),
         ("pull", pull::CASES),
         ("sources", sources::CASES),

@@ -213,6 +213,11 @@ fn certificate(world: &mut World) -> Result<()> {
     let registry = Registry::start(&world.bed.site, "tls", options)?;
     let image = format!("--container-image={}/library/alpine", registry.host());
     let error = world.refused(&[&image], "pyxis: failed to import docker image: ")?;
-    ensure!(error.to_lowercase().contains("certificate"), "{error}");
+    let line = format!(
+        "{}: certificate of an unknown authority: add the site's CA certificate to the trust store of this node \
+         (update-ca-certificates, update-ca-trust), or name it by ca in pyxis.toml",
+        registry.host()
+    );
+    ensure!(error.contains(&line), "{error}");
     Ok(())
 }

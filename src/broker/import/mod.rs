@@ -31,7 +31,8 @@ use crate::policy::{Evidence, Policy, Subject};
 use crate::registry::error::RegistryError;
 use crate::request::{Environment, PullPolicy, User};
 use crate::store::{
-    Goal, LeasedLayer, ManifestRecord, PinnedMounts, ReferenceRecord, Store, StoreError, Watermarks, count, now, size,
+    Goal, LeasedLayer, ManifestRecord, PinnedMounts, ReferenceRecord, Store, StoreError, Watermark, Watermarks, count,
+    now, size,
 };
 use known::{Known, Turn};
 pub use local::{LocalRequest, OpenedImage, acquire_local, convert, open_imported, open_local};
@@ -151,6 +152,8 @@ pub enum ImportEvent {
     Waiting,
     /// One line for the user: something may be wrong with the image or the credentials.
     Warning(String),
+    /// One line for the administrator: the store is beyond its high watermark, whatever is removed.
+    Crowded(String),
     /// One line for the node's log.
     Log(String),
 }
@@ -380,7 +383,8 @@ impl Acquirer<'_> {
         let mut session = Session::new(store, settings, name, pinned, cancel, events, importer);
         let image = session.resolve(&Command::Resolve {
             reference: request.reference.clone(),
-            registries: settings.registries.only_for(request.reference),
+            registries: Box::new(settings.registries.only_for(request.reference)),
+            job_proxy: settings.registries.proxy.of_job(request.environment),
             site_files: settings.registries.site_files(request.reference),
             limits: settings.limits,
         })?;
@@ -418,6 +422,21 @@ fn collect(store: &Store, settings: &ImportSettings, pinned: &dyn PinnedMounts, 
         // The image is there: the next import or `pyxis gc` will try again.
         Err(error) => events(ImportEvent::Log(error.to_string())),
     }
+    if let Ok(true) = store.beyond(settings.watermarks.high).map(|bytes| bytes > 0) {
+        events(ImportEvent::Crowded(crowded(store, settings.watermarks.high)));
+    }
+}
+
+/// What an administrator is told of a store that is beyond its high watermark although nothing is left to remove.
+pub fn crowded(store: &Store, high: Watermark) -> String {
+    let (path, what) = match high {
+        Watermark::Percent(_) => (store.path().display(), "the file system of"),
+        Watermark::Bytes(_) => (store.path().display(), "what jobs use in"),
+    };
+    format!(
+        "{what} {path} is beyond the high watermark ({high}): images are removed as soon as no job uses them, and imported \
+         again for the next one; free space there, or raise store.watermarks in pyxis.toml"
+    )
 }
 
 /// Whether something confirmed at `at` still counts. The future does not: it comes from a wrong clock.

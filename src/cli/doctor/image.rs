@@ -148,12 +148,14 @@ fn reach(
     let has_port = host.rsplit_once(':').is_some_and(|(_, port)| port.bytes().all(|byte| byte.is_ascii_digit()));
     let port = if endpoint.insecure { 80 } else { 443 };
     let address = if has_port { host.clone() } else { format!("{host}:{port}") };
-    let proxy =
-        ["https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"].iter().any(|name| std::env::var_os(name).is_some());
+    let proxy = endpoint.proxies.address(&host, endpoint.insecure);
+    if let Some((address, place)) = &proxy {
+        checks.push(Check::ok("proxy", format!("{address}, by {place}")));
+    }
     match address.to_socket_addrs().map(|mut addresses| addresses.next()) {
         Ok(Some(address)) => checks.push(Check::ok("DNS", format!("{host} is {}", address.ip()))),
         // The proxy looks it up.
-        _ if proxy => {}
+        _ if proxy.is_some() => {}
         Ok(None) => checks.push(Check::bad("DNS", status, format!("{host} has no address"), "")),
         Err(error) => {
             let remedy = "check the image name, and the DNS settings of this node (/etc/resolv.conf)";
@@ -172,7 +174,9 @@ fn reach(
                     | TransportReason::Certificate(_)
                     | TransportReason::NotTls
                     | TransportReason::Tls(_)
-                    | TransportReason::NoRoots => "TLS",
+                    | TransportReason::NoRoots
+                    | TransportReason::Site(_) => "TLS",
+                    TransportReason::Proxy { .. } | TransportReason::NoProxy(_) => "proxy",
                     _ => "connection",
                 },
                 _ => "connection",

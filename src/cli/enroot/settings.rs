@@ -10,6 +10,7 @@ use super::import::CONNECTIONS;
 use crate::config::{Config, RegistryConfig};
 use crate::enroot::conf::{EnrootConf, Identity};
 use crate::image::reference::ImageReference;
+use crate::registry::proxy::Proxies;
 use crate::request::Environment;
 use crate::squashfs::writer::DEFAULT_OPTIONS;
 
@@ -46,6 +47,7 @@ pub fn load(config: &Config, environment: &Environment, identity: &Identity) -> 
 /// How the registry of `reference` is reached: as the site says, and as the settings do.
 pub fn registries(site: RegistryConfig, settings: &EnrootConf, reference: &ImageReference) -> RegistryConfig {
     let mut registries = site;
+    registries.proxies = Proxies::of_command(&registries.proxy);
     if settings.allow_http() {
         registries.allow_http(reference);
     }

@@ -123,6 +123,24 @@ impl ImageBuilder {
     }
 }
 
+/// Makes `latest` of a layout an index of `manifests`, whose blobs are there.
+pub fn index(layout: &Path, manifests: &[Value]) -> Result<()> {
+    let media_type = "application/vnd.oci.image.index.v1+json";
+    let index = json!({ "schemaVersion": 2, "mediaType": media_type, "manifests": manifests });
+    let mut blob = BlobWriter::create(layout)?;
+    blob.write_all(&serde_json::to_vec(&index)?)?;
+    let mut top = blob.finish(media_type)?;
+    top["annotations"] = json!({ "org.opencontainers.image.ref.name": "latest" });
+    let top = json!({ "schemaVersion": 2, "manifests": [top] });
+    Ok(fs::write(layout.join("index.json"), serde_json::to_vec(&top)?)?)
+}
+
+/// The one manifest that `index.json` of a layout names.
+pub fn manifest(layout: &Path) -> Result<Value> {
+    let index: Value = serde_json::from_slice(&fs::read(layout.join("index.json"))?)?;
+    Ok(index["manifests"][0].clone())
+}
+
 /// This machine's architecture as OCI spells it.
 pub fn architecture() -> &'static str {
     match std::env::consts::ARCH {

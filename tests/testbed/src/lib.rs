@@ -22,6 +22,7 @@
 
 pub mod clean;
 pub mod cluster;
+pub mod connect;
 pub mod docker;
 pub mod image;
 pub mod images;

@@ -29,7 +29,7 @@ pub struct RegistryOptions {
     pub accounts: Vec<Account>,
     /// Bearer tokens instead, from a server that knows the accounts and lets anybody pull what is below `public/`.
     pub tokens: bool,
-    /// HTTPS with a certificate for `localhost`, signed by a certification authority that nobody knows.
+    /// HTTPS with a certificate for `localhost` and `registry.invalid`, signed by a certification authority that nobody knows.
     pub tls: bool,
     /// With TLS: only for who shows a certificate of the same authority.
     pub client_certificates: bool,
@@ -191,7 +191,7 @@ impl Certificate {
         let (certificate, key, request) = (path("cert.pem"), path("cert.key"), path("cert.csr"));
         let extensions = site.write(
             &format!("etc/registry-{name}-extensions"),
-            "subjectAltName=DNS:localhost,IP:127.0.0.1\nbasicConstraints=CA:FALSE\nextendedKeyUsage=serverAuth,clientAuth\n",
+            "subjectAltName=DNS:localhost,DNS:registry.invalid,IP:127.0.0.1\nbasicConstraints=CA:FALSE\nextendedKeyUsage=serverAuth,clientAuth\n",
         )?;
         let new_key = ["req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"];
         let mut self_signed = Command::new("openssl");

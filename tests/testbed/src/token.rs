@@ -122,8 +122,7 @@ impl Issuer {
     }
 
     fn authenticate(&self, credentials: &str) -> Result<&str> {
-        let pair = |account: &Account| base64(format!("{}:{}", account.user, account.password).as_bytes(), STANDARD);
-        let account = self.accounts.iter().find(|account| pair(account) == credentials);
+        let account = self.accounts.iter().find(|account| basic(account) == credentials);
         Ok(&account.context("wrong user name or password")?.user)
     }
 
@@ -174,6 +173,11 @@ fn percent_decoded(text: &str) -> String {
 type Alphabet = ([u8; 2], bool);
 const STANDARD: Alphabet = (*b"+/", true);
 const URL: Alphabet = (*b"-_", false);
+
+/// What HTTP's Basic authentication presents.
+pub(crate) fn basic(account: &Account) -> String {
+    base64(format!("{}:{}", account.user, account.password).as_bytes(), STANDARD)
+}
 
 /// RFC 4648.
 fn base64(bytes: &[u8], (last, padded): Alphabet) -> String {
