@@ -31,6 +31,12 @@ impl Failure {
         self
     }
 
+    /// The same, with more behind it.
+    pub fn with(mut self, more: &str) -> Self {
+        self.message = format!("{}; {more}", self.message);
+        self
+    }
+
     /// The message as it is: who shows it makes it one line.
     pub fn into_message(self) -> String {
         self.message
@@ -94,6 +100,7 @@ impl From<ImportError> for Failure {
             ImportError::Layer(LayerError::TooManyEntries) => {
                 Self::bad("it has more files and directories than import.max_layer_entries in pyxis.toml allows")
             }
+            ImportError::Undiagnosed(error) => (*error).into(),
             ImportError::Thread(_) => Self::local(error.to_string()),
             other => Self::bad(&other.to_string()),
         }

@@ -44,9 +44,19 @@ pub enum ImportError {
     /// Another stage failed and knows why.
     #[error(transparent)]
     Broken(#[from] Broken),
+    /// The stream is malformed, and of the blob too much was left to see whether it was damaged.
+    #[error(transparent)]
+    Undiagnosed(Box<ImportError>),
     /// No threads.
     #[error("cannot start a thread: {0}")]
     Thread(#[source] io::Error),
+}
+
+impl ImportError {
+    /// Whether other bytes came than were asked for, as far as one can tell: the next time they may be the right ones.
+    pub fn is_damage(&self) -> bool {
+        matches!(self, Self::BlobDigest(_) | Self::Undiagnosed(_))
+    }
 }
 
 /// Imports the layer `descriptor`, whose blob `blob` reads, into `out`. `progress` is called with the bytes that have
@@ -101,9 +111,15 @@ pub fn stream<T>(
         // A stage does not panic; if one did, its peers see a broken pipe.
         let downloaded = download.join().unwrap_or(Err(Broken.into()));
         let inflated = inflate.join().unwrap_or(Err(Broken.into()));
+        let undiagnosed = matches!(downloaded, Err(ImportError::Broken(_)));
         // A stage that only saw its neighbour go does not know the reason.
         let outcomes = [downloaded, inflated, written.as_ref().map(|_| ()).map_err(|_| Broken.into())];
         match outcomes.into_iter().filter_map(Result::err).find(|error| !matches!(error, ImportError::Broken(_))) {
+            Some(error @ (ImportError::Inflate(..) | ImportError::Layer(LayerError::Malformed { .. })))
+                if undiagnosed =>
+            {
+                Err(ImportError::Undiagnosed(error.into()))
+            }
             Some(error) => Err(error),
             None => written,
         }

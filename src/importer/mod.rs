@@ -16,6 +16,7 @@ pub mod pipe;
 pub mod protocol;
 mod signature;
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
@@ -25,13 +26,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use failure::Failure;
+use layer::ImportError;
 use local::LocalImage;
 use protocol::{Command, ImportLimits, LayerDescriptor, Report};
 
 use crate::image::digest::Digest;
 use crate::image::manifest::Descriptor;
 use crate::image::platform::Platform;
-use crate::import::{Converted, LayerError, LayerLimits, write_squashfs};
+use crate::import::{Converted, LayerError, LayerLimits, LayerSummary, write_squashfs};
 use crate::registry::TROUBLE;
 use crate::registry::client::Client;
 use crate::registry::credentials::remote::{Asker, RemoteKeys};
@@ -43,6 +45,8 @@ use crate::sys::channel::Channel;
 use crate::sys::memfile;
 use crate::trace::{Heard, Listener};
 
+/// How often a layer that arrives damaged is downloaded.
+const DOWNLOADS: usize = 3;
 /// How often progress is reported.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 /// Most characters about something that is tried again.
@@ -176,8 +180,8 @@ enum Origin {
 /// An image's place in a registry.
 struct RegistryOrigin {
     client: Arc<Client>,
-    /// The registry itself, if that is one of its mirrors.
-    upstream: Option<Client>,
+    /// The other places where the image may be, in order.
+    others: Vec<Arc<Client>>,
 }
 
 /// Finds the image, then works, with more threads like this one.
@@ -230,11 +234,14 @@ fn find(start: Start, channel: &BrokerChannel) -> Result<Image, Failure> {
                 layers: layers.clone(),
                 warnings: found.warnings,
             };
-            let upstream = found.client.endpoint().mirror.then(|| {
-                let upstream = registries.upstream(&reference);
-                Client::new(upstream, registries.network, keyring, reference.user.clone())
-            });
-            let origin = Origin::Registry(Box::new(RegistryOrigin { client: Arc::new(found.client), upstream }));
+            let mut others = registries.endpoints(&reference);
+            others.retain(|endpoint| endpoint.origin() != found.client.endpoint().origin());
+            let client = |endpoint| {
+                let (keyring, user) = (SharedKeyring::clone(&keyring), reference.user.clone());
+                Arc::new(Client::new(endpoint, registries.network, keyring, user))
+            };
+            let others = others.into_iter().map(client).collect();
+            let origin = Origin::Registry(Box::new(RegistryOrigin { client: Arc::new(found.client), others }));
             (Image::new(origin, found.digests, layers, &limits), report, found.config_bytes)
         }
         Command::Open { form, wanted, name, shown, limits } => {
@@ -294,7 +301,7 @@ fn convert(descriptors: Vec<OwnedFd>, limits: &ImportLimits, channel: &BrokerCha
     let mut progress = Progress::new(0, channel);
     let written = squashfs::reader::Image::open(file).map_err(LayerError::from);
     let written = written.and_then(|image| write_squashfs(&image, &out, &limits, |bytes| progress.add(bytes)));
-    let Converted { content, image, .. } = written.map_err(layer::ImportError::Layer)?;
+    let Converted { content, image, .. } = written.map_err(ImportError::Layer)?;
     Ok(Report::Converted { content, image })
 }
 
@@ -345,7 +352,8 @@ fn examine(image: &Image, keys: &[String], digests: &[Digest]) -> Result<Report,
     let found = match &image.origin {
         _ if keys.is_empty() => Err(String::new()),
         Origin::Registry(origin) => {
-            let clients = std::iter::once(&*origin.client).chain(&origin.upstream);
+            let upstream = origin.others.iter().filter(|other| !other.endpoint().mirror);
+            let clients = std::iter::once(&origin.client).chain(upstream).map(AsRef::as_ref);
             signature::find(clients, digests, keys)?
         }
         Origin::Local(_) => Err("it comes from no registry".into()),
@@ -371,8 +379,9 @@ fn fetch(image: &Image, layer: usize, out: &File, channel: &BrokerChannel) -> Re
     let about = format!("layer {}", descriptor.blob);
     let summary = match &image.origin {
         Origin::Registry(origin) => {
-            let blob = Descriptor { media_type: String::new(), digest: descriptor.blob, size: descriptor.size };
-            layer::import(Arc::clone(&origin.client).blob_stream(&blob), descriptor, out, &image.limits, progress)
+            let summary = download(origin, layer, descriptor, (out, &image.limits), channel, progress);
+            let summary = summary.map_err(|failure| failure.about(&about))?;
+            return Ok(Report::Fetched { layer, unpacked: summary.unpacked, image: summary.image });
         }
         Origin::Local(local) => {
             let blob = local.blob(layer).map_err(|failure| failure.about(&about))?;
@@ -385,4 +394,51 @@ fn fetch(image: &Image, layer: usize, out: &File, channel: &BrokerChannel) -> Re
     };
     let summary = summary.map_err(|error| Failure::from(error).about(&about))?;
     Ok(Report::Fetched { layer, unpacked: summary.unpacked, image: summary.image })
+}
+
+/// Imports a layer from a registry: again if it arrives damaged, and from another place, if there is one, in either case in
+/// which this one is of no use.
+fn download(
+    origin: &RegistryOrigin,
+    layer: usize,
+    descriptor: &LayerDescriptor,
+    (out, limits): (&File, &LayerLimits),
+    channel: &BrokerChannel,
+    mut progress: impl FnMut(u64) + Send,
+) -> Result<LayerSummary, Failure> {
+    let blob = Descriptor { media_type: String::new(), digest: descriptor.blob, size: descriptor.size };
+    let mut places: VecDeque<&Arc<Client>> = std::iter::once(&origin.client).chain(&origin.others).collect();
+    let (mut damaged, mut failed): (Option<ImportError>, Option<ImportError>) = (None, None);
+    let mut asked: Vec<&str> = Vec::new();
+    for attempt in 0..DOWNLOADS {
+        let Some(client) = places.pop_front() else { break };
+        let host = client.endpoint().host.as_str();
+        if attempt > 0 {
+            let what = if damaged.is_some() { "arrived damaged" } else { "cannot be had where its image is" };
+            tracing::info!(target: TROUBLE, "layer {} {what}: downloading it from {host}", blob.digest);
+            out.set_len(0).map_err(|error| Failure::write(&error, "the layer image"))?;
+        }
+        asked.push(host);
+        match layer::import(Arc::clone(client).blob_stream(&blob), descriptor, out, limits, &mut progress) {
+            Ok(summary) => {
+                if !Arc::ptr_eq(client, &origin.client) {
+                    // A broker that is gone ends the process.
+                    let _ = channel.send(&Report::Elsewhere { layer, origin: client.endpoint().origin() }, &[]);
+                }
+                return Ok(summary);
+            }
+            Err(error) if error.is_damage() => {
+                damaged = Some(error);
+                places.push_back(client);
+            }
+            Err(error @ ImportError::Download(_)) => failed = failed.or(Some(error)),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let again = format!("downloaded {} times from {}: push the image again", asked.len(), asked.join(", "));
+    match (damaged, failed) {
+        (Some(damaged), _) => Err(Failure::from(damaged).with(&again)),
+        (None, Some(failed)) => Err(failed.into()),
+        (None, None) => Err(Failure::local("nowhere to download from")),
+    }
 }

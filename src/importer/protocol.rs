@@ -130,6 +130,13 @@ pub enum Report {
         /// One line for the user.
         message: String,
     },
+    /// The layer will not come from where the image was found, but from another of its endpoints.
+    Elsewhere {
+        /// The layer asked for.
+        layer: usize,
+        /// `HOST[:PORT]/REPOSITORY`.
+        origin: String,
+    },
     /// The layer image is complete: the blob has the digest of its descriptor and the uncompressed stream has the
     /// config's diffID.
     Fetched {

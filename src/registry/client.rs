@@ -26,6 +26,8 @@ use crate::image::manifest::{self, Descriptor, MAX_MANIFEST_BYTES};
 
 /// Most bytes of an error's body that are looked at.
 const MAX_ERROR_BYTES: u64 = 64 * 1024;
+/// How often to ask for what arrives damaged.
+const DAMAGED_ATTEMPTS: u32 = 3;
 /// How long a body that is no blob may take.
 const BODY_TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -89,17 +91,16 @@ impl Client {
         let mut ask = self.ask(Method::GET, &format!("manifests/{tag_or_digest}"), what)?;
         ask.headers.insert(ACCEPT, HeaderValue::from_static(manifest::ACCEPT));
         let mut backoff = self.backoff();
-        let (bytes, headers) = loop {
+        let (bytes, headers, digest) = loop {
             let answer = self.send(&ask, &mut backoff)?;
             let headers = answer.response.headers().clone();
-            if let Some(bytes) = read_answer(answer, &ask, MAX_MANIFEST_BYTES, &mut backoff)? {
-                break (bytes, headers);
+            let Some(bytes) = read_answer(answer, &ask, MAX_MANIFEST_BYTES, &mut backoff)? else { continue };
+            let digest = sha256(&bytes);
+            if !tag_or_digest.contains(':') || tag_or_digest == digest.to_string() {
+                break (bytes, headers, digest);
             }
+            self.damaged(&ask.what, digest, &mut backoff)?;
         };
-        let digest = sha256(&bytes);
-        if tag_or_digest.contains(':') && tag_or_digest != digest.to_string() {
-            return Err(self.wrong_digest(ask.what, digest));
-        }
         let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).map(str::to_owned);
         Ok(ManifestBytes { bytes, content_type, digest })
     }
@@ -110,12 +111,24 @@ impl Client {
         if descriptor.size > limit {
             return Err(RegistryError::TooLong { host: self.endpoint.host.clone(), what, limit });
         }
-        let mut bytes = Vec::new();
-        self.blob(descriptor).read_to_end(&mut bytes).map_err(|error| self.read_error(error))?;
-        match sha256(&bytes) {
-            digest if digest == descriptor.digest => Ok(bytes),
-            digest => Err(self.wrong_digest(what, digest)),
+        let mut backoff = self.backoff();
+        loop {
+            let mut bytes = Vec::new();
+            self.blob(descriptor).read_to_end(&mut bytes).map_err(|error| self.read_error(error))?;
+            match sha256(&bytes) {
+                digest if digest == descriptor.digest => return Ok(bytes),
+                digest => self.damaged(&what, digest, &mut backoff)?,
+            }
         }
+    }
+
+    /// Other bytes came than were asked for: waits before they are asked for again.
+    fn damaged(&self, what: &str, actual: Digest, backoff: &mut Backoff) -> Result<(), RegistryError> {
+        let host = &self.endpoint.host;
+        if backoff.wait(DAMAGED_ATTEMPTS, None, || format!("{what} from {host} arrived damaged")) {
+            return Ok(());
+        }
+        Err(RegistryError::WrongDigest { host: host.clone(), what: what.to_owned(), actual })
     }
 
     /// A reader of a blob's bytes: exactly as many as the descriptor says, not checked against its digest.
@@ -158,11 +171,6 @@ impl Client {
         let what = "the registry's base".to_owned();
         let ask = Ask { method: Method::GET, url, headers: HeaderMap::new(), redirects: Redirects::Follow, what };
         self.send(&ask, &mut self.backoff()).map(drop)
-    }
-
-    /// The error for bytes that are not what was asked for.
-    pub fn wrong_digest(&self, what: String, actual: Digest) -> RegistryError {
-        RegistryError::WrongDigest { host: self.endpoint.host.clone(), what, actual }
     }
 
     /// The error behind a failed read of a [`BlobReader`].

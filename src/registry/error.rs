@@ -190,7 +190,9 @@ pub enum RegistryError {
         size: u64,
     },
     /// Other bytes than the ones asked for.
-    #[error("{what} from {host} has the digest {actual}: somebody changed it, or the registry is broken")]
+    #[error(
+        "{what} from {host} has the digest {actual}: somebody changed it, or it was damaged on its way: push the image again"
+    )]
     WrongDigest {
         /// Who answered.
         host: String,

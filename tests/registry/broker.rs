@@ -41,6 +41,8 @@ pub struct Imported {
     pub layers: Vec<LayerDescriptor>,
     /// The layer images.
     pub files: Vec<File>,
+    /// Layers that came from another place, and from which.
+    pub elsewhere: Vec<(usize, String)>,
     /// Bytes that were reported as progress.
     pub progress: u64,
 }
@@ -176,7 +178,16 @@ impl Conversation {
         match self.next() {
             (Report::Resolved { manifest, origin, layers, warnings }, mut descriptors) => {
                 let config = memfile::read_all(descriptors.remove(0), 1 << 20).unwrap();
-                Ok(Imported { manifest, origin, warnings, config, layers, files: Vec::new(), progress: 0 })
+                Ok(Imported {
+                    manifest,
+                    origin,
+                    warnings,
+                    config,
+                    layers,
+                    files: Vec::new(),
+                    elsewhere: Vec::new(),
+                    progress: 0,
+                })
             }
             (Report::Failed { kind, message }, _) => Err((kind, message)),
             (other, _) => panic!("{other:?}"),
@@ -198,6 +209,7 @@ impl Conversation {
                     assert!(unpacked > 0);
                     missing -= 1;
                 }
+                Report::Elsewhere { layer, origin } => imported.elsewhere.push((layer, origin)),
                 Report::Failed { kind, message } => return Err((kind, message)),
                 other => panic!("{other:?}"),
             }

@@ -310,3 +310,67 @@ fn the_importer_ends_with_its_broker() {
     testbed::wait::until("the importer's end", testbed::wait::DEADLINE, || serving.is_finished().then_some(()))
         .unwrap();
 }
+
+/// A server of `content` that damages the first `times` answers to requests for what ends in `path`.
+fn damaging(content: &Content, path: String, times: usize) -> Server {
+    let (content, left) = (content.clone(), AtomicUsize::new(times));
+    Server::start(move |request| {
+        let damage = request.path.ends_with(&path)
+            && left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok();
+        let reply = content.answer(request);
+        if damage { reply.damaged() } else { reply }
+    })
+}
+
+#[test]
+fn what_arrives_damaged_is_asked_for_again() {
+    let content = Content::simple(300_000);
+    let manifest = content.manifest("latest");
+    let config = manifest["config"]["digest"].as_str().unwrap().to_owned();
+    for path in [content.layer(0), config] {
+        for times in [1, 2] {
+            let server = damaging(&content, path.clone(), times);
+            let imported = Import::new("some/image", &[&server.host()]).run().unwrap();
+            assert!(imported.elsewhere.is_empty());
+            assert_eq!(server.count(&path), times + 1, "{path}");
+        }
+        let server = damaging(&content, path.clone(), usize::MAX);
+        let (kind, message) = Import::new("some/image", &[&server.host()]).fail();
+        assert_eq!((kind, server.count(&path)), (FailureKind::BadImage, 3), "{message}");
+        assert!(message.contains("somebody changed it, or it was damaged on its way"), "{message}");
+        assert!(message.ends_with(": push the image again"), "{message}");
+    }
+    let server = damaging(&content, content.layer(0), usize::MAX);
+    let (_, message) = Import::new("some/image", &[&server.host()]).fail();
+    let host = server.host();
+    assert!(
+        message.ends_with(&format!("; downloaded 3 times from {host}, {host}, {host}: push the image again")),
+        "{message}"
+    );
+}
+
+/// What a mirror has damaged, or has lost, the registry may have; and that it had is told.
+#[test]
+fn another_place_is_asked_for_layers_that_one_cannot_give() {
+    let content = Content::simple(300_000);
+    let layer = content.layer(0);
+    let registry = {
+        let content = content.clone();
+        Server::start(move |request| content.answer(request))
+    };
+    let lost = {
+        let (content, layer) = (content.clone(), layer.clone());
+        Server::start(move |request| match request.path.ends_with(&layer) {
+            true => Reply::status(404),
+            false => content.answer(request),
+        })
+    };
+    for mirror in [damaging(&content, layer.clone(), usize::MAX), lost] {
+        let before = registry.count(&layer);
+        let import = Import::new("some/image", &[&registry.host()]).mirror(&registry.host(), &mirror.host());
+        let imported = import.run().unwrap();
+        assert_eq!(imported.origin, format!("{}/some/image", mirror.host()));
+        assert_eq!(imported.elsewhere, [(0, format!("{}/some/image", registry.host()))]);
+        assert_eq!((mirror.count(&layer), registry.count(&layer)), (1, before + 1));
+    }
+}

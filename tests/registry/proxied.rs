@@ -56,14 +56,13 @@ fn slow_is_slow_and_no_more() {
 }
 
 #[test]
-fn damage_on_the_way_is_found() {
+fn damage_on_the_way_is_found_and_made_good() {
     let (_site, _registry, proxy) = proxied("damage", 1_000_000);
     proxy.set(Behaviour::Corrupt(500_000));
-    let (kind, message) = import(&proxy).fail();
-    assert_eq!(kind, FailureKind::BadImage);
-    assert!(message.contains("somebody changed it, or it was damaged on its way"), "{message}");
-    proxy.set(Behaviour::Pass);
-    import(&proxy).run().unwrap();
+    let imported = import(&proxy).run().unwrap();
+    // The byte that is damaged is one of each connection, and this one is used again.
+    let size: u64 = imported.layers.iter().map(|layer| layer.size).sum();
+    assert!(proxy.bytes() >= size * 2, "{} bytes for {size}", proxy.bytes());
 }
 
 #[test]

@@ -80,6 +80,13 @@ impl Reply {
         self
     }
 
+    /// The same with a byte changed in the middle.
+    pub fn damaged(mut self) -> Self {
+        let middle = self.body.len() / 2;
+        self.body[middle] ^= 0x55;
+        self
+    }
+
     /// The same, sent in another way.
     pub fn delivery(mut self, delivery: Delivery) -> Self {
         self.delivery = delivery;

@@ -163,6 +163,13 @@ fn nonsense_about_a_layer() {
         }),
     );
     let error = attack(
+        "from somebody else",
+        on_fetch!(|served, layer, _file| {
+            served.report(&Report::Elsewhere { layer, origin: "other.example/app".into() });
+        }),
+    );
+    assert!(error.to_string().contains("was not to be asked"), "{error}");
+    let error = attack(
         "an empty layer",
         on_fetch!(|served, layer, _file| {
             served.report(&Report::Fetched { layer, unpacked: 0, image: 0 });

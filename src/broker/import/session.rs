@@ -77,6 +77,8 @@ pub(super) struct Session<'a, 'e> {
 struct Layer<'a> {
     descriptor: LayerDescriptor,
     state: State<'a>,
+    /// Where it came from, if not from where the image was found.
+    elsewhere: Option<String>,
 }
 
 enum State<'a> {
@@ -167,7 +169,7 @@ impl<'a, 'e> Session<'a, 'e> {
                     State::Present { lease, .. } if confirmed => State::Ready(lease),
                     state => state,
                 };
-                layers.insert(index, Layer { descriptor: descriptor.clone(), state });
+                layers.insert(index, Layer { descriptor: descriptor.clone(), state, elsewhere: None });
             }
         }
         self.make_room(image.layers.len(), &layers)?;
@@ -309,7 +311,7 @@ impl<'a, 'e> Session<'a, 'e> {
 
     /// Takes a layer one step on, as far as that goes without waiting.
     fn begin(&mut self, index: usize, layer: &mut Layer<'a>, origin: &str) -> Result<(), ImportError> {
-        let Layer { descriptor, state } = layer;
+        let Layer { descriptor, state, .. } = layer;
         let waited = matches!(state, State::Waiting);
         if matches!(state, State::Waiting | State::Missing) {
             *state = self.look_up(descriptor, origin)?;
@@ -373,11 +375,14 @@ impl<'a, 'e> Session<'a, 'e> {
     ) -> Result<(), ImportError> {
         let (Report::Confirmed { layer: index, .. }
         | Report::Progress { layer: index, .. }
+        | Report::Elsewhere { layer: index, .. }
         | Report::Fetched { layer: index, .. }) = report
         else {
             return Err(self.unexpected(&report));
         };
-        let Some(Layer { descriptor, state }) = layers.get_mut(&index) else { return Err(self.unexpected(&report)) };
+        let Some(Layer { descriptor, state, elsewhere }) = layers.get_mut(&index) else {
+            return Err(self.unexpected(&report));
+        };
         match (&report, &mut *state) {
             (Report::Progress { bytes, .. }, State::Fetching { received, .. } | State::Proving { received, .. }) => {
                 if *bytes > 0 {
@@ -386,6 +391,11 @@ impl<'a, 'e> Session<'a, 'e> {
                 *received = received.saturating_add(*bytes).min(descriptor.size);
                 let (bytes, total) = (*received, descriptor.size);
                 (self.events)(ImportEvent::Progress { layer: index, bytes, total });
+                return Ok(());
+            }
+            (Report::Elsewhere { origin, .. }, State::Fetching { .. } | State::Proving { .. }) => {
+                self.check_origin(origin)?;
+                *elsewhere = Some(origin.clone());
                 return Ok(());
             }
             (Report::Confirmed { .. }, State::Confirming(_)) => {}
@@ -398,6 +408,8 @@ impl<'a, 'e> Session<'a, 'e> {
             let total = descriptor.size;
             (self.events)(ImportEvent::Progress { layer: index, bytes: total, total });
         }
+        // Nobody else is said to have delivered it.
+        let origin = elsewhere.as_deref().unwrap_or(origin);
         *state = match (report, std::mem::replace(state, State::Missing)) {
             (Report::Confirmed { allowed: true, .. }, State::Confirming(lease)) => State::Ready(lease),
             (Report::Confirmed { .. }, State::Confirming(lease)) => {

@@ -137,7 +137,7 @@ impl Session<'_, '_> {
             Report::Examined { .. } => "digests",
             Report::Confirmed { .. } => "a confirmation",
             Report::Progress { .. } => "progress",
-            Report::Fetched { .. } | Report::Converted { .. } => "a layer",
+            Report::Elsewhere { .. } | Report::Fetched { .. } | Report::Converted { .. } => "a layer",
             Report::Failed { .. } | Report::Trouble { .. } => "a failure",
         };
         self.misbehaves(&format!("{what} that nobody asked for"))
