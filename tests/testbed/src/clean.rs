@@ -24,9 +24,9 @@ pub fn check(cluster: &mut Cluster) -> Result<()> {
 }
 
 /// What stays on a node from one step to the next, below the run directory: the namespace with the layers' mounts, its
-/// lock, the empty directories on which containers see their root and hooks their files, and which containers run or did
-/// lately.
-const PERMANENT: [&str; 5] = ["mounts", "lock", "root", "hooks", "running"];
+/// lock, the empty directories on which containers see their root and hooks their files, which containers run or did lately,
+/// and counters.
+const PERMANENT: [&str; 6] = ["mounts", "lock", "root", "hooks", "running", "metrics"];
 
 fn leftovers(node: &Node) -> Vec<String> {
     let processes = node.processes().into_iter().map(|process| format!("process {process:?}"));
