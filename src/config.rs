@@ -63,12 +63,21 @@ pub struct Config {
 }
 
 /// `[registries]`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RegistriesConf {
     /// `conf`: a file in podman's form, `/etc/containers/registries.conf`, to be read with the files of `CONF.d`. What is
     /// said here goes first.
     pub conf: Option<PathBuf>,
+    /// `certs`: directories that have one for each registry, `HOST[:PORT]`, with certificates: `*.crt` of authorities, and
+    /// `NAME.cert` with `NAME.key` to show who asks. For each registry the first that has one counts.
+    pub certs: Vec<PathBuf>,
+}
+
+impl Default for RegistriesConf {
+    fn default() -> Self {
+        Self { conf: None, certs: ["/etc/containers/certs.d", "/etc/docker/certs.d"].map(PathBuf::from).to_vec() }
+    }
 }
 
 /// `[store]`.
@@ -420,6 +429,7 @@ impl Config {
             registry: self.registry.clone(),
             network: self.network,
             proxy: self.proxy.clone(),
+            certs: self.registries.certs.clone(),
             short_names: self.short_names.clone(),
             ..RegistryConfig::default()
         }

@@ -16,8 +16,10 @@ use crate::config::Config;
 use crate::container::kept::Containers;
 use crate::image::reference::ImageReference;
 use crate::registry::client::Client;
+use crate::registry::config::RegistryConfig;
 use crate::registry::credentials::no_keys;
 use crate::registry::proxy::Proxies;
+use crate::registry::site;
 use crate::request::User;
 use crate::rootfs::probe;
 use crate::store::Store;
@@ -210,6 +212,17 @@ fn importer_account(config: &Config) -> (Option<User>, Check) {
     }
 }
 
+/// Takes in the site's files for `reference`.
+fn complete(settings: &mut RegistryConfig, reference: &ImageReference) -> Result<(), String> {
+    let mut files = Vec::new();
+    let failed = |path: &Path, error| format!("{}: {}", path.display(), crate::sys::reason(error));
+    for file in settings.site_files(reference) {
+        let opened = site::open_for_command(&file).map_err(|error| failed(&file.path, error))?;
+        files.extend(opened.map(|opened| (file, opened)));
+    }
+    settings.read_site_files(files).map(drop).map_err(|(path, error)| failed(&path, error))
+}
+
 /// Docker Hub, every registry that the configuration names, and their mirrors.
 fn registries(config: &Config, account: Option<User>) -> Vec<Check> {
     let mut settings = config.registries();
@@ -221,6 +234,16 @@ fn registries(config: &Config, account: Option<User>) -> Vec<Check> {
     let mut checks = Vec::new();
     for name in names {
         let Ok(reference) = ImageReference::parse(&format!("{name}#library/alpine")) else { continue };
+        let mut settings = settings.clone();
+        if let Err(problem) = complete(&mut settings, &reference) {
+            checks.push(Check::bad(
+                &format!("registry {name}"),
+                Status::Failed,
+                problem,
+                "its images cannot be imported",
+            ));
+            continue;
+        }
         let mirrors = settings.mirrors(&reference);
         let has_mirror = !mirrors.is_empty();
         for endpoint in mirrors.into_iter().chain([settings.upstream(&reference)]) {

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 
 use serde::{Deserialize, Serialize};
 
-use super::enroot::Context;
+use super::enroot::{Asking, Context};
 use super::unprivileged;
 use crate::image::config::ImageConfig;
 use crate::image::digest::Digest;
@@ -29,8 +29,7 @@ use crate::sys::channel::{self, Channel};
 
 /// Show what an image is made of.
 ///
-/// Asks the registry with the credentials of who types the command (root asks without any, under the account for imports),
-/// and reads images in files and container engines. Nothing is downloaded but manifest and config.
+/// Asks the registry with the credentials of who types the command, and reads images in files and container engines. Nothing is downloaded but manifest and config.
 #[derive(Debug, Clone, clap::Args)]
 pub struct InspectArgs {
     /// Architecture of the image, if not that of this machine
@@ -125,8 +124,7 @@ fn inspect(source: &ImageSource, platform: &Platform, context: &Context) -> Resu
     let account = unprivileged::account(&context.config.import.user);
     let (image, shown) = match source {
         ImageSource::Registry { reference, .. } => {
-            let work = || of_registry(reference, platform, context);
-            return Ok(unprivileged::run(account.as_ref(), work)??);
+            return Ok(context.unprivileged(reference, |asking| of_registry(asking, reference, platform, context))??);
         }
         ImageSource::File(path) => {
             (LocalImage::Path { path: path.clone(), form: None, name: None }, path.display().to_string())
@@ -163,8 +161,13 @@ fn inspect(source: &ImageSource, platform: &Platform, context: &Context) -> Resu
     Ok(unprivileged::run_beside(account.as_ref(), work, beside)??)
 }
 
-fn of_registry(reference: &ImageReference, platform: &Platform, context: &Context) -> Result<Inspection, String> {
-    let found = context.resolve(reference, platform).map_err(|error| error.to_string())?;
+fn of_registry(
+    asking: &Asking,
+    reference: &ImageReference,
+    platform: &Platform,
+    context: &Context,
+) -> Result<Inspection, String> {
+    let found = context.resolve_by(asking, reference, platform).map_err(|error| error.to_string())?;
     let layers = std::iter::zip(&found.manifest.layers, &found.config.diff_ids)
         .map(|(layer, diff_id)| LayerDescriptor { blob: layer.digest, diff_id: *diff_id, size: layer.size });
     Ok(Inspection {

@@ -13,7 +13,6 @@ use serde_json::json;
 use super::docker_config::{DockerConfig, key_of};
 use super::enroot::Context;
 use super::prompt::ask;
-use super::unprivileged;
 use crate::image::reference::ImageReference;
 use crate::registry::login::{Checked, check};
 
@@ -92,9 +91,11 @@ pub fn login(args: &LoginArgs, config: &Path) -> Result<ExitCode, Error> {
     if password.is_empty() {
         return Err("the password is empty".into());
     }
-    let account = unprivileged::account(&context.config.import.user);
-    let registries = context.registries(&registry);
-    let checked = unprivileged::run(account.as_ref(), || check(&registries, &registry, &user, &password))??;
+    let checked = context.unprivileged(&registry, |asking| {
+        let mut registries = context.registries(&registry);
+        asking.complete(&mut registries, &registry).map_err(|error| error.to_string())?;
+        check(&registries, &registry, &user, &password)
+    })??;
     let kept_in = match file.helper(&registry.registry) {
         Some(helper) => {
             let message = json!({ "ServerURL": key_of(&registry.registry), "Username": user, "Secret": password });

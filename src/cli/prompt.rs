@@ -11,8 +11,9 @@ const MAX_LENGTH: usize = 16 << 10;
 /// Asks for one line; `hidden` if it is a secret. Fails if there is no terminal.
 pub fn ask(question: &str, hidden: bool) -> io::Result<String> {
     let mut terminal = File::options().read(true).write(true).open("/dev/tty")?;
-    terminal.write_all(question.as_bytes())?;
     let quiet = if hidden { Some(Quiet::on(&terminal)?) } else { None };
+    // Who sees the question may begin to type.
+    terminal.write_all(question.as_bytes())?;
     let mut line = Vec::new();
     let mut byte = [0];
     while line.len() < MAX_LENGTH && terminal.read(&mut byte)? == 1 && byte != *b"\n" {

@@ -45,6 +45,9 @@ pub struct RegistryConfig {
     /// What names without a registry mean. Not for the importer, which is told the whole name.
     #[serde(skip)]
     pub short_names: ShortNames,
+    /// Directories like `/etc/containers/certs.d`. Not for the importer, which gets the files.
+    #[serde(skip)]
+    pub certs: Vec<PathBuf>,
     /// What the site's files say, by `HOST[:PORT]`: read by whoever is going to use it.
     #[serde(skip)]
     pub access: BTreeMap<String, Access>,

@@ -7,7 +7,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Seek};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -18,10 +18,12 @@ use zeroize::Zeroizing;
 
 use super::config::RegistryConfig;
 use super::credentials::{SiteHelpers, SiteKeys};
-use crate::image::reference::ImageReference;
+use crate::image::reference::{ImageReference, is_docker_hub, is_host};
 
 /// Most bytes of a file.
 const MAX_FILE: u64 = 1 << 20;
+/// Most files of a directory of certificates.
+const MAX_CERTIFICATES: usize = 50;
 
 /// A file that is needed for a registry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,22 +103,55 @@ fn certificates(pem: &[u8]) -> Result<Vec<Certificate<'static>>, &'static str> {
 }
 
 impl RegistryConfig {
-    /// The files for the endpoints of `reference`.
+    /// The files for the endpoints of `reference`: those that the host's table names, and those in directories of
+    /// certificates.
     pub fn site_files(&self, reference: &ImageReference) -> Vec<SiteFile> {
         let mut files: Vec<SiteFile> = Vec::new();
         for endpoint in self.endpoints(reference) {
-            let Some((_, entry)) = self.of_host(&endpoint.host) else { continue };
-            for (purpose, path) in [
-                (Purpose::Authorities, &entry.ca),
-                (Purpose::Certificate, &entry.client_certificate),
-                (Purpose::Key, &entry.client_key),
-                (Purpose::Credentials, &entry.credentials),
-            ] {
-                let file = path.clone().map(|path| SiteFile { host: endpoint.host.clone(), purpose, path });
-                files.extend(file.filter(|file| !files.contains(file)));
+            let entry = self.of_host(&endpoint.host).map(|(_, entry)| entry);
+            let named = entry.into_iter().flat_map(|entry| {
+                [
+                    (Purpose::Authorities, &entry.ca),
+                    (Purpose::Certificate, &entry.client_certificate),
+                    (Purpose::Key, &entry.client_key),
+                    (Purpose::Credentials, &entry.credentials),
+                ]
+            });
+            let named = named.filter_map(|(purpose, path)| Some((purpose, path.clone()?)));
+            let shows_one = entry.is_some_and(|entry| entry.client_certificate.is_some());
+            let found = if endpoint.insecure { Vec::new() } else { self.certificates_for(&endpoint.host) };
+            let found = found.into_iter().filter(|(purpose, _)| !shows_one || *purpose == Purpose::Authorities);
+            for (purpose, path) in named.chain(found) {
+                let file = SiteFile { host: endpoint.host.clone(), purpose, path };
+                if !files.contains(&file) {
+                    files.push(file);
+                }
             }
         }
         files
+    }
+
+    /// What is in the first directory `CERTS/HOST[:PORT]` there is (containers-certs.d(5)): `*.crt` are authorities,
+    /// `NAME.cert` and `NAME.key` show who asks.
+    fn certificates_for(&self, host: &str) -> Vec<(Purpose, PathBuf)> {
+        // It came from an image's name: a single component of a path, and not `..`.
+        if !is_host(host) {
+            return Vec::new();
+        }
+        let names = if is_docker_hub(host) { vec!["docker.io", host] } else { vec![host] };
+        let mut directories = self.certs.iter().flat_map(|certs| names.iter().map(move |name| certs.join(name)));
+        let Some(entries) = directories.find_map(|directory| std::fs::read_dir(directory).ok()) else {
+            return Vec::new();
+        };
+        let mut paths: Vec<PathBuf> = entries.flatten().take(MAX_CERTIFICATES).map(|entry| entry.path()).collect();
+        paths.sort();
+        let has_ending = |path: &&PathBuf, ending: &str| path.extension().is_some_and(|extension| extension == ending);
+        let authorities = paths.iter().filter(|path| has_ending(path, "crt"));
+        let shown = paths.iter().filter(|path| has_ending(path, "cert")).find_map(|certificate| {
+            let key = certificate.with_extension("key");
+            paths.contains(&key).then(|| [(Purpose::Certificate, certificate.clone()), (Purpose::Key, key)])
+        });
+        authorities.map(|path| (Purpose::Authorities, path.clone())).chain(shown.into_iter().flatten()).collect()
     }
 
     /// The helpers for them.
@@ -143,7 +178,10 @@ impl RegistryConfig {
             }
             let parts = Arc::make_mut(self.access.entry(host).or_default().0.get_or_insert_default());
             match purpose {
-                Purpose::Authorities => parts.authorities = content.to_vec(),
+                Purpose::Authorities => {
+                    parts.authorities.extend_from_slice(&content);
+                    parts.authorities.push(b'\n');
+                }
                 Purpose::Certificate => parts.certificate = content.to_vec(),
                 Purpose::Key | Purpose::Credentials => parts.key = content,
             }
@@ -165,8 +203,13 @@ pub fn open(file: &SiteFile) -> io::Result<File> {
     Ok(opened)
 }
 
+/// Opens a file for who typed a command, root or not.
+pub fn open_for_command(file: &SiteFile) -> io::Result<Option<File>> {
+    if rustix::process::geteuid().is_root() { open(file).map(Some) } else { open_own(file) }
+}
+
 /// Opens a file for who runs a command. Of one with a secret there is none if it is not for him.
-pub fn open_own(file: &SiteFile) -> io::Result<Option<File>> {
+fn open_own(file: &SiteFile) -> io::Result<Option<File>> {
     match open_any(&file.path) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied && file.purpose.is_secret() => Ok(None),
         opened => opened.map(Some),
@@ -181,7 +224,9 @@ fn open_any(path: &Path) -> io::Result<File> {
     Ok(file.into())
 }
 
-fn read(file: File) -> io::Result<Vec<u8>> {
+fn read(mut file: File) -> io::Result<Vec<u8>> {
+    // It may have been read before, through another descriptor.
+    file.rewind()?;
     let mut content = Vec::new();
     file.take(MAX_FILE + 1).read_to_end(&mut content)?;
     if content.len() as u64 > MAX_FILE {

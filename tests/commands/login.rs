@@ -1,7 +1,7 @@
 //! `pyxis login` and `logout`, as an ordinary user types them.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
 
@@ -113,4 +113,40 @@ fn what_cannot_be_is_one_line() {
         assert!(code == 1 && said.is_empty() && error.lines().count() == 1 && error.contains(reason), "{error}");
     }
     assert!(!world.home.join(".docker").exists());
+}
+
+/// Reads what a terminal shows until `text`.
+fn shown_until(terminal: &mut impl Read, text: &str) -> String {
+    let mut shown = Vec::new();
+    while !String::from_utf8_lossy(&shown).contains(text) {
+        let mut byte = [0];
+        assert_eq!(terminal.read(&mut byte).unwrap(), 1, "{}", String::from_utf8_lossy(&shown));
+        shown.push(byte[0]);
+    }
+    String::from_utf8(shown).unwrap()
+}
+
+/// On a terminal one is asked, sees one's name, and does not see one's password.
+#[test]
+fn a_password_does_not_show_on_a_terminal() {
+    let world = world("login-terminal", false);
+    let host = world.registry.host();
+    let login = world.pyxis(&["login", &host]);
+    let line: Vec<_> =
+        std::iter::once(login.get_program()).chain(login.get_args()).map(|word| word.to_str().unwrap()).collect();
+    let mut script = std::process::Command::new("script");
+    script.args(["-qec", &line.join(" "), "/dev/null"]).env_clear();
+    script.envs(login.get_envs().filter_map(|(name, value)| Some((name, value?)))).current_dir(&world.home);
+    let mut child = script.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let (mut keyboard, mut screen) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    shown_until(&mut screen, "Username: ");
+    keyboard.write_all(b"somebody\n").unwrap();
+    let name = shown_until(&mut screen, "Password: ");
+    assert!(name.contains("somebody"), "{name}");
+    keyboard.write_all(b"open:sesame $1\n").unwrap();
+    let mut rest = String::new();
+    screen.read_to_string(&mut rest).unwrap();
+    assert!(child.wait().unwrap().success(), "{rest}");
+    assert!(rest.contains("Login Succeeded: user somebody at localhost:") && !rest.contains("sesame"), "{rest}");
+    assert_eq!(config(&world), json!({"auths": {&host: {"auth": "c29tZWJvZHk6b3BlbjpzZXNhbWUgJDE="}}}));
 }

@@ -118,3 +118,35 @@ fn the_sites_authority_and_certificate() {
     let (kind, message) = import.fail();
     assert_eq!(kind, FailureKind::NotFound, "{message}");
 }
+
+/// As docker and podman have them.
+#[test]
+fn directories_of_certificates() {
+    testbed::prerequisites::check().unwrap();
+    let site = Site::create("registry-certs").unwrap();
+    let options = RegistryOptions { tls: true, client_certificates: true, ..RegistryOptions::default() };
+    let registry = Registry::start(&site, "certs", options).unwrap();
+    let mut import = Import::new("some/image", &[&registry.host()]);
+    import.registries.registry.clear();
+    import.registries.certs = ["first", "second"].map(|name| site.path(name)).to_vec();
+    let directory = site.make_directory(&format!("second/{}", registry.host())).unwrap();
+    let copy = |from: &Path, name: &str| {
+        fs::copy(from, directory.join(name)).unwrap();
+        fs::set_permissions(directory.join(name), fs::Permissions::from_mode(0o600)).unwrap();
+    };
+    copy(registry.authority().unwrap(), "ca.crt");
+    let (kind, message) = import.fail();
+    assert_eq!(kind, FailureKind::Unavailable);
+    assert!(!message.contains("unknown authority"), "{message}");
+    let (certificate, key) = registry.client_certificate().unwrap();
+    copy(certificate, "client.cert");
+    // Without its key it is nothing to show.
+    assert_eq!(import.fail().0, FailureKind::Unavailable);
+    copy(key, "client.key");
+    let (kind, message) = import.fail();
+    assert_eq!(kind, FailureKind::NotFound, "{message}");
+    // The first directory about a registry is the one that counts.
+    site.make_directory(&format!("first/{}", registry.host())).unwrap();
+    let (_, message) = import.fail();
+    assert!(message.contains("unknown authority"), "{message}");
+}

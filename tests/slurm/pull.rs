@@ -1,7 +1,11 @@
 //! `pyxis pull`, and what root sees with `inspect` and `doctor`.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
+use testbed::registry::Account;
 use testbed::{Output, process, wait};
 
 use crate::Case;
@@ -12,10 +16,11 @@ pub const CASES: &[Case] = &[
     ("pull_says_what_failed", says_what_failed),
     ("pull_is_for_root", for_root),
     ("pull_obeys_the_policy", policy),
+    ("root_has_credentials_too", roots_own),
 ];
 
 /// Runs `pyxis ARGUMENTS` as root on node1.
-fn pyxis(world: &World, arguments: &[&str]) -> Result<Output> {
+pub fn pyxis(world: &World, arguments: &[&str]) -> Result<Output> {
     let program = world.bed.pyxis.executable.display().to_string();
     let mut command = world.bed.cluster.nodes()[0].command(&program);
     command.arg("--config").arg(&world.bed.pyxis.config).args(arguments);
@@ -106,4 +111,30 @@ fn policy(world: &mut World) -> Result<()> {
     ensure!(pulled.code() == 1 && pulled.stderr.contains(why), "{pulled}");
     ensure!(doctor.code() == 1 && doctor.stdout.contains(&format!("FAILED   policy: {why}; ")), "{doctor}");
     others?.success().map(drop)
+}
+
+/// `inspect` and `doctor` ask with the credentials of who types them: also root's, which the asking process cannot read.
+fn roots_own(world: &mut World) -> Result<()> {
+    let Account { user, password } = world.private.accounts()[0].clone();
+    let (host, image) = (world.private.host(), format!("{}/team/private:root", world.private.host()));
+    let directory = world.bed.site.make_directory("etc/root-docker")?;
+    fs::set_permissions(&directory, fs::Permissions::from_mode(0o700))?;
+    let program = world.bed.pyxis.executable.display().to_string();
+    let root = |arguments: &[&str]| {
+        let mut command = world.bed.cluster.nodes()[0].command(&program);
+        command.arg("--config").arg(&world.bed.pyxis.config).env("DOCKER_CONFIG", &directory).args(arguments);
+        process::run(&mut command, wait::DEADLINE)
+    };
+    let without = root(&["inspect", "--json", &image])?;
+    ensure!(without.code() == 1 && without.stderr.contains("no credentials found"), "{without}");
+    let doctor = root(&["doctor", &image])?;
+    ensure!(doctor.stdout.contains("FAILED   credentials: ") && doctor.stdout.contains("pyxis login"), "{doctor}");
+    let config = directory.join("config.json");
+    fs::write(&config, json!({"auths": {&host: {"username": user, "password": password}}}).to_string())?;
+    fs::set_permissions(&config, fs::Permissions::from_mode(0o600))?;
+    let inspected = json(&root(&["inspect", "--json", &image])?.success()?)?;
+    assert_eq!(inspected["origin"], json!(format!("{host}/team/private")));
+    let doctor = root(&["doctor", &image])?.success()?;
+    ensure!(doctor.stdout.contains("ok       credentials: the registry accepts what it was given\n"), "{doctor}");
+    Ok(())
 }

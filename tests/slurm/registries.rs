@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use testbed::proxy::Behaviour;
 use testbed::registry::Account;
 use testbed::{process, wait};
@@ -23,6 +23,10 @@ pub const CASES: &[Case] = &[
     ("mirror_down_is_one_line", mirror_down),
     ("missing_images_fail_once", missing),
     ("certificate_nobody_knows", certificate),
+    ("certificates_as_docker_has_them", certificates),
+    ("credential_helpers_run_as_the_user", helpers),
+    ("revoked_credentials_end_the_use_of_stored_layers", revoked),
+    ("a_repository_for_others", for_others),
 ];
 
 /// One of the names of the private image. What a user was given he may use for some minutes without being asked again,
@@ -219,5 +223,137 @@ fn certificate(world: &mut World) -> Result<()> {
         registry.host()
     );
     ensure!(error.contains(&line), "{error}");
+    Ok(())
+}
+
+/// A directory like `/etc/docker/certs.d`, also for the administrator's commands.
+fn certificates(world: &mut World) -> Result<()> {
+    use testbed::registry::{Registry, RegistryOptions};
+    let options = RegistryOptions { tls: true, client_certificates: true, ..RegistryOptions::default() };
+    let registry = Registry::start(&world.bed.site, "certs", options)?;
+    let host = registry.host();
+    let directory = world.bed.site.make_directory(&format!("etc/certs.d/{host}"))?;
+    let files = registry.client_certificate().zip(registry.authority());
+    let ((certificate, key), authority) = files.context("no certificates")?;
+    for (file, name) in [(authority, "ca.crt"), (certificate, "client.cert"), (key, "client.key")] {
+        fs::copy(file, directory.join(name))?;
+        fs::set_permissions(directory.join(name), fs::Permissions::from_mode(0o600))?;
+    }
+    let certs = directory.parent().map(|path| path.display().to_string()).unwrap_or_default();
+    // A table, so that the doctor looks at it.
+    let own = format!("[registries]\ncerts = [\"{certs}\"]\n[registry.\"{host}\"]\n");
+    world.bed.pyxis.configure(&(world.configuration() + &own))?;
+    let image = format!("{host}/some/image");
+    let refused = world.refused(&[&format!("--container-image={image}")], "pyxis: failed to import docker image: ");
+    let doctor = crate::pull::pyxis(world, &["doctor"]);
+    let way = crate::pull::pyxis(world, &["doctor", &image]);
+    world.bed.pyxis.configure(&world.configuration())?;
+    // It is empty: that is what it says to those whom it lets speak.
+    let refused = refused?;
+    ensure!(refused.contains("has no such repository, tag or digest"), "{refused}");
+    let (doctor, way) = (doctor?, way?);
+    ensure!(doctor.stdout.contains(&format!("ok       registry {host}: answers\n")), "{doctor}");
+    ensure!(way.stdout.contains("ok       TLS: certificate trusted\n"), "{way}");
+    ensure!(way.stdout.contains("FAILED   manifest: ") && way.stdout.contains("has no such repository"), "{way}");
+    Ok(())
+}
+
+/// Docker's `credHelpers` and `credsStore`: programs of the user's, found on his PATH.
+fn helpers(world: &mut World) -> Result<()> {
+    no_credentials(world);
+    let Account { user, password } = world.private.accounts()[0].clone();
+    let host = world.private.host();
+    let bin = world.make_directory(0, "work/bin")?;
+    let (program, witness) = (bin.join("docker-credential-box"), bin.join("witness"));
+    // The password is where only the helper looks.
+    let secret = bin.join("secret.json");
+    fs::write(&secret, serde_json::json!({"ServerURL": host, "Username": user, "Secret": password}).to_string())?;
+    let script = format!(
+        "#!/bin/sh\nread -r server; echo \"$(id -un) $1 $server\" >>{}\ncat {}\n",
+        witness.display(),
+        secret.display()
+    );
+    fs::write(&program, script)?;
+    for (path, mode) in [(&program, 0o755), (&secret, 0o600)] {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
+        world.user(0).own(path)?;
+    }
+    for (tag, config) in [
+        ("helper", format!("{{\"credHelpers\": {{\"{host}\": \"box\"}}}}")),
+        ("store", "{\"credsStore\": \"box\"}".to_owned()),
+    ] {
+        credentials(world, 0, ".docker/config.json", &config)?;
+        let image = private(world, tag);
+        // Where there is no such program, the message says so.
+        let error = world.refused(&[&image], "pyxis: failed to import docker image: ")?;
+        ensure!(error.contains("docker-credential-box is not on this node: install it"), "{error}");
+        let mut step = world.bed.cluster.command(0, "srun", ["-w", "node1", &image, "id", "-un"]);
+        step.env("PATH", format!("{}:/usr/bin:/bin", bin.display()));
+        assert_eq!(process::run(&mut step, wait::DEADLINE)?.success()?.stdout, "pyxis-test-1\n");
+        let asked = fs::read_to_string(&witness)?;
+        ensure!(asked.lines().all(|line| line == format!("pyxis-test-1 get {host}")) && !asked.is_empty(), "{asked}");
+        fs::remove_file(&witness)?;
+    }
+    no_credentials(world);
+    nowhere(world, &password)
+}
+
+/// What a registry let a user have is his as long as it says so, though the store has it.
+fn revoked(world: &mut World) -> Result<()> {
+    use testbed::registry::{Registry, RegistryOptions};
+    no_credentials(world);
+    let account = |password: &str| vec![Account { user: "somebody".into(), password: password.into() }];
+    for (name, tokens) in [("revoke-basic", false), ("revoke-token", true)] {
+        let options = RegistryOptions { accounts: account("before"), tokens, ..RegistryOptions::default() };
+        let mut registry = Registry::start(&world.bed.site, name, options)?;
+        let host = registry.host();
+        registry.push(&testbed::images::busybox(&world.directory(name)?)?, "team/private:latest")?;
+        let asked_each_time = format!("[registry.\"{host}\"]\ninsecure = true\n[store]\nconfirmation_seconds = 0\n");
+        world.bed.pyxis.configure(&(world.configuration() + &asked_each_time))?;
+        let image = format!("--container-image={host}/team/private");
+        let login = |world: &World, password: &str| {
+            let line = format!("machine {host} login somebody password {password}\n");
+            credentials(world, 0, ".config/enroot/.credentials", &line)
+        };
+        login(world, "before")?;
+        let first = world.sh(&["-w", "node1", &image], "id -un");
+        registry.set_accounts(&world.bed.site, account("after"))?;
+        let refused = world.refused(&["-w", "node1", &image], "pyxis: failed to import docker image: ");
+        let never = world.refused(&["-w", "node1", &image, "--container-pull=never"], "container-pull=never");
+        let downloads = |registry: &Registry| {
+            registry.log(&world.bed.site).lines().filter(|line| line.contains("GET /v2/team/private/blobs/")).count()
+        };
+        let before = downloads(&registry);
+        login(world, "after")?;
+        let again = world.sh(&["-w", "node1", &image], "id -un");
+        let after = downloads(&registry);
+        world.bed.pyxis.configure(&world.configuration())?;
+        no_credentials(world);
+        assert_eq!((first?.as_str(), again?.as_str()), ("pyxis-test-1", "pyxis-test-1"), "{name}");
+        let refused = refused?;
+        ensure!(refused.contains("refuses the password of user somebody"), "{refused}");
+        never?;
+        // Of what the store has kept only the config was downloaded again.
+        ensure!(after - before <= 1, "{} downloads", after - before);
+    }
+    Ok(())
+}
+
+/// Who is known, and may not.
+fn for_others(world: &mut World) -> Result<()> {
+    no_credentials(world);
+    let Account { user, password } = world.private.accounts()[0].clone();
+    let host = world.tokens.host();
+    let line = format!("machine {host} login {user} password {password}\n");
+    credentials(world, 0, ".config/enroot/.credentials", &line)?;
+    let image = format!("--container-image={host}/denied/image");
+    let error = world.refused(&[&image], "pyxis: failed to import docker image: ")?;
+    no_credentials(world);
+    let file = world.user(0).home.join(".config/enroot/.credentials");
+    let expected = format!(
+        "{host} does not let user {user} (from {}) pull denied/image, or has no such repository",
+        file.display()
+    );
+    ensure!(error.contains(&expected) && error.contains(": check the name, or ask its owner for access\n"), "{error}");
     Ok(())
 }

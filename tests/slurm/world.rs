@@ -59,7 +59,7 @@ impl World {
         for repository in ["public/image", "team/private"] {
             world.tokens.push(&image, &format!("{repository}:latest"))?;
         }
-        for tag in ["netrc", "docker", "users", "wrong", "command", "site"] {
+        for tag in ["netrc", "docker", "users", "wrong", "command", "site", "helper", "store", "root"] {
             world.private.push(&image, &format!("team/private:{tag}"))?;
         }
         // Every test may rely on a clean home.

@@ -139,7 +139,7 @@ impl StartImporter for FakeImporter {
         File::from(write).write_all(request.user.uid.to_string().as_bytes()).unwrap();
         let (registries, answer) = (self.registries.clone(), self.answer);
         std::thread::spawn(move || serve(registries, answer, importer_end));
-        Ok(Importer { channel, descriptors: vec![credentials], process: None, reader: None })
+        Ok(Importer { channel, descriptors: vec![credentials], site_files: vec![], process: None, reader: None })
     }
 }
 

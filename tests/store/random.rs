@@ -55,7 +55,7 @@ impl StartImporter for Scripted {
                 }
             }
         });
-        Ok(Importer { channel, descriptors: vec![credentials], process: None, reader: None })
+        Ok(Importer { channel, descriptors: vec![credentials], site_files: vec![], process: None, reader: None })
     }
 }
 

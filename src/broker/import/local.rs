@@ -254,7 +254,7 @@ pub fn acquire_local(
     let spool_descriptor = spool.as_ref().map(|spool| spool.as_fd().try_clone_to_owned()).transpose();
     let spool_descriptor = spool_descriptor.map_err(|error| ImportError::start("importer", &error))?;
     let descriptors = std::iter::once(descriptor).chain(spool_descriptor).collect();
-    let importer = Importer { channel, descriptors, process: Some(process), reader: None };
+    let importer = Importer { channel, descriptors, site_files: vec![], process: Some(process), reader: None };
 
     let (wanted, name) = match request.image {
         LocalImage::Path { form, name, .. } => (*form, name.clone()),
@@ -308,7 +308,7 @@ pub fn convert(
     let size = rustix::fs::fstat(&file).map_err(|errno| ImportError::start("squashfs file", &errno.into()))?.st_size;
     let (channel, process) = start_importer(settings, uid, events)?;
     events(process.event());
-    let importer = Importer { channel, descriptors: vec![], process: Some(process), reader: None };
+    let importer = Importer { channel, descriptors: vec![], site_files: vec![], process: Some(process), reader: None };
     let shown = one_line(request.typed, 300);
     let mut session = Session::new(store, settings, (None, shown.clone()), pinned, cancel, events, importer);
     // Another step of this user's may be at it.

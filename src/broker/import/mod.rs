@@ -378,14 +378,15 @@ impl Acquirer<'_> {
         let Self { starter, store, settings, pinned, cancel } = self;
         // What the registry says counts from before it was asked.
         let confirmed_at = now();
-        let importer = starter.start(settings, request, events)?;
+        let mut importer = starter.start(settings, request, events)?;
+        let site_files = std::mem::take(&mut importer.site_files);
         let name = (Some(request.reference), known.request.reference.to_string());
         let mut session = Session::new(store, settings, name, pinned, cancel, events, importer);
         let image = session.resolve(&Command::Resolve {
             reference: request.reference.clone(),
             registries: Box::new(settings.registries.only_for(request.reference)),
             job_proxy: settings.registries.proxy.of_job(request.environment),
-            site_files: settings.registries.site_files(request.reference),
+            site_files,
             limits: settings.limits,
         })?;
         let evidence = session.examine(known.subject, image.manifest, known.ancestors(&image.manifest)?)?;

@@ -26,7 +26,7 @@ use super::{AcquireRequest, ImportError, ImportEvent, ImportSettings, one_line};
 use crate::cli;
 use crate::importer::protocol::{Command, Report};
 use crate::registry::credentials::{Answer, Query};
-use crate::registry::site;
+use crate::registry::site::{self, SiteFile};
 use crate::request::User;
 use crate::sys::channel::{self, Channel};
 use crate::sys::spawn::spawn;
@@ -60,6 +60,8 @@ pub struct Importer {
     pub channel: Channel<Command, Report>,
     /// What goes with the first command: the channel on which to ask for the user's credentials, for `Command::Resolve`.
     pub descriptors: Vec<OwnedFd>,
+    /// What each of them but the first is.
+    pub site_files: Vec<SiteFile>,
     /// The importer itself, if it is a process.
     pub process: Option<Child>,
     /// The credentials reader, if there is one.
@@ -116,12 +118,13 @@ impl StartImporter for Processes {
             .send(&message, &[environment.as_fd(), answerer.as_fd()])
             .map_err(failed("credentials reader"))?;
         let mut descriptors = vec![asker.into()];
-        for file in registries.site_files(request.reference) {
-            let opened = site::open(&file);
+        let site_files = registries.site_files(request.reference);
+        for file in &site_files {
+            let opened = site::open(file);
             let opened = opened.map_err(|error| ImportError::start(&file.path.display().to_string(), &error))?;
             descriptors.push(opened.into());
         }
-        Ok(Importer { channel, descriptors, process: Some(process), reader: Some(reader) })
+        Ok(Importer { channel, descriptors, site_files, process: Some(process), reader: Some(reader) })
     }
 }
 

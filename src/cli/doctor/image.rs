@@ -5,8 +5,7 @@ use std::net::ToSocketAddrs;
 use serde::{Deserialize, Serialize};
 
 use super::{Check, Status};
-use crate::cli::enroot::Context;
-use crate::cli::unprivileged;
+use crate::cli::enroot::{Asking, Context};
 use crate::image::platform::Platform;
 use crate::image::reference::ImageReference;
 use crate::options::Options;
@@ -33,10 +32,9 @@ pub fn checks(typed: &str, context: &Context) -> Vec<Check> {
     let mut checks = vec![named];
     let Some(reference) = reference else { return checks };
     checks.push(policy(&reference, context));
-    let account = unprivileged::account(&context.config.import.user);
-    let way = unprivileged::run(account.as_ref(), || walk(&reference, context));
+    let way = context.unprivileged(&reference, |asking| walk(asking, &reference, context));
     let way = way.unwrap_or_else(|error| {
-        let failed = Check::bad("registry", Status::Failed, crate::sys::reason(error), "");
+        let failed = Check::bad("registry", Status::Failed, error.to_string(), "");
         Way { checks: vec![failed], bytes: None }
     });
     checks.extend(way.checks);
@@ -91,9 +89,13 @@ fn policy(reference: &ImageReference, context: &Context) -> Check {
 }
 
 /// From the registry's name to the manifest.
-fn walk(reference: &ImageReference, context: &Context) -> Way {
-    let registries = context.registries(reference);
+fn walk(asking: &Asking, reference: &ImageReference, context: &Context) -> Way {
+    let mut registries = context.registries(reference);
     let mut way = Way::default();
+    if let Err(error) = asking.complete(&mut registries, reference) {
+        way.checks.push(Check::bad("certificates", Status::Failed, error.to_string(), ""));
+        return way;
+    }
     let mut endpoints = registries.mirrors(reference);
     endpoints.push(registries.upstream(reference));
     let last = endpoints.len() - 1;
@@ -109,7 +111,7 @@ fn walk(reference: &ImageReference, context: &Context) -> Way {
         return way;
     }
     let platform = Platform::host();
-    match context.resolve(reference, &platform) {
+    match context.resolve_by(asking, reference, &platform) {
         Ok(found) => {
             let asked = match found.client.is_authenticated() {
                 true => "the registry accepts what it was given",

@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod asking;
 mod bundle;
 mod create;
 mod digest;
@@ -21,6 +22,7 @@ mod say;
 mod settings;
 mod start;
 
+pub use asking::Asking;
 pub use bundle::bundled;
 
 use std::ffi::OsStr;

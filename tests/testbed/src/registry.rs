@@ -73,12 +73,7 @@ impl Registry {
             config += &server.registry_configuration();
             tokens = Some(server);
         } else if !options.accounts.is_empty() {
-            let mut passwords = String::new();
-            for Account { user, password } in &options.accounts {
-                // bcrypt, the only scheme that the registry takes; the cheapest one that it takes.
-                passwords += &process::output_of(Command::new("htpasswd").args(["-nbB", "-C", "4", user, password]))?;
-            }
-            let file = site.write(&format!("etc/registry-{name}.htpasswd"), passwords)?;
+            let file = site.write(&format!("etc/registry-{name}.htpasswd"), htpasswd(&options.accounts)?)?;
             config += &format!("auth: {{ htpasswd: {{ realm: testbed, path: {} }} }}\n", file.display());
         }
         let config = site.write(&format!("etc/registry-{name}.yml"), config)?;
@@ -101,6 +96,17 @@ impl Registry {
     /// The port on loopback.
     pub fn port(&self) -> u16 {
         self.port
+    }
+
+    /// Knows these accounts from now on, and no others. One that had none stays without.
+    pub fn set_accounts(&mut self, site: &Site, accounts: Vec<Account>) -> Result<()> {
+        match &self.tokens {
+            Some(tokens) => tokens.set_accounts(accounts.clone()),
+            // The registry looks whether its file has changed.
+            None => drop(site.write(&format!("etc/registry-{}.htpasswd", self.name), htpasswd(&accounts)?)?),
+        }
+        self.options.accounts = accounts;
+        Ok(())
     }
 
     /// The accounts it knows.
@@ -168,6 +174,15 @@ impl Registry {
         })?;
         Ok(output.stdout.trim().to_owned())
     }
+}
+
+fn htpasswd(accounts: &[Account]) -> Result<String> {
+    let mut passwords = String::new();
+    for Account { user, password } in accounts {
+        // bcrypt, the only scheme that the registry takes; the cheapest one that it takes.
+        passwords += &process::output_of(Command::new("htpasswd").args(["-nbB", "-C", "4", user, password]))?;
+    }
+    Ok(passwords)
 }
 
 impl Drop for Registry {

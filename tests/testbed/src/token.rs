@@ -5,8 +5,8 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
@@ -30,18 +30,20 @@ pub struct TokenServer {
     port: u16,
     certificate: PathBuf,
     issued: Arc<AtomicU64>,
+    accounts: Arc<Mutex<Vec<Account>>>,
 }
 
 /// What the server's thread knows.
 struct Issuer {
-    accounts: Vec<Account>,
+    accounts: Arc<Mutex<Vec<Account>>>,
     key: PathBuf,
     /// The certificate without its armour.
     certificate: String,
 }
 
 impl TokenServer {
-    /// Starts a server for `accounts`. They may do everything; anybody else may pull what is below `public/`.
+    /// Starts a server for `accounts`. They may do everything, except below `denied/`; anybody else may pull what is below
+    /// `public/`.
     pub fn start(site: &Site, name: &str, accounts: Vec<Account>) -> Result<Self> {
         let (certificate, key) =
             (site.path(&format!("etc/tokens-{name}.pem")), site.path(&format!("etc/tokens-{name}.key")));
@@ -49,8 +51,13 @@ impl TokenServer {
         openssl.args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=testbed tokens"]);
         output_of(openssl.arg("-keyout").arg(&key).arg("-out").arg(&certificate))?;
         let armoured = std::fs::read_to_string(&certificate)?;
-        let issuer =
-            Issuer { accounts, key, certificate: armoured.lines().filter(|line| !line.contains("--")).collect() };
+        let accounts = Arc::new(Mutex::new(accounts));
+        let known = Arc::clone(&accounts);
+        let issuer = Issuer {
+            accounts: known,
+            key,
+            certificate: armoured.lines().filter(|line| !line.contains("--")).collect(),
+        };
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let port = listener.local_addr()?.port();
         let issued = Arc::new(AtomicU64::new(0));
@@ -64,7 +71,7 @@ impl TokenServer {
                 }
             }
         });
-        Ok(Self { port, certificate, issued })
+        Ok(Self { port, certificate, issued, accounts })
     }
 
     /// For `auth.token` in the registry's configuration.
@@ -75,6 +82,11 @@ impl TokenServer {
             self.port,
             self.certificate.display()
         )
+    }
+
+    /// Whose passwords are believed from now on.
+    pub fn set_accounts(&self, accounts: Vec<Account>) {
+        *self.accounts.lock().expect("no holder panics") = accounts;
     }
 
     /// Tokens handed out so far.
@@ -112,18 +124,22 @@ impl Issuer {
                 };
                 let allowed: Vec<_> = actions
                     .split(',')
-                    .filter(|action| user.is_some() || (*action == "pull" && repository.starts_with("public/")))
+                    .filter(|action| match user {
+                        Some(_) => !repository.starts_with("denied/"),
+                        None => *action == "pull" && repository.starts_with("public/"),
+                    })
                     .collect();
                 access.push(json!({ "type": kind, "name": repository, "actions": allowed }));
             }
         }
-        let token = self.token(user.unwrap_or_default(), &access)?;
+        let token = self.token(user.as_deref().unwrap_or_default(), &access)?;
         respond(client, "200 OK", &json!({ "token": token, "expires_in": LIFETIME }).to_string())
     }
 
-    fn authenticate(&self, credentials: &str) -> Result<&str> {
-        let account = self.accounts.iter().find(|account| basic(account) == credentials);
-        Ok(&account.context("wrong user name or password")?.user)
+    fn authenticate(&self, credentials: &str) -> Result<String> {
+        let accounts = self.accounts.lock().expect("no holder panics");
+        let account = accounts.iter().find(|account| basic(account) == credentials);
+        Ok(account.context("wrong user name or password")?.user.clone())
     }
 
     /// A JSON Web Token (RFC 7519), signed with RS256.
