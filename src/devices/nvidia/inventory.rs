@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use nvml_wrapper::enum_wrappers::device::Brand;
 use serde::{Deserialize, Serialize};
 
 use super::driver::Driver;
@@ -105,7 +106,7 @@ pub fn take(host: &Host) -> Result<Inventory, String> {
     let known = |gpu: NvmlGpu| KnownGpu {
         minor: gpu.minor,
         uuid: gpu.uuid,
-        brand: gpu.brand.and_then(brand).map(str::to_owned),
+        brand: gpu.brand.map(|name| brand(name).to_owned()),
         arch: gpu.compute_capability.map(|(major, minor)| format!("{major}.{minor}")),
         instances: gpu
             .instances
@@ -142,28 +143,27 @@ pub fn failure(has_ended: bool, text: &[u8]) -> String {
     }
 }
 
-/// What requirements call an `nvmlBrandType_t`.
-fn brand(number: u32) -> Option<&'static str> {
-    const NAMES: [&str; 17] = [
-        "unknown",
-        "quadro",
-        "tesla",
-        "nvs",
-        "grid",
-        "geforce",
-        "titan",
-        "vapps",
-        "vpc",
-        "vcs",
-        "vws",
-        "cloudgaming",
-        "quadrortx",
-        "nvidiartx",
-        "nvidia",
-        "geforcertx",
-        "titanrtx",
-    ];
-    NAMES.get(usize::try_from(number).ok()?).copied()
+/// What requirements call a product line.
+fn brand(brand: Brand) -> &'static str {
+    match brand {
+        Brand::Unknown => "unknown",
+        Brand::Quadro => "quadro",
+        Brand::Tesla => "tesla",
+        Brand::NVS => "nvs",
+        Brand::GRID => "grid",
+        Brand::GeForce => "geforce",
+        Brand::Titan => "titan",
+        Brand::VApps => "vapps",
+        Brand::VPC => "vpc",
+        Brand::VCS => "vcs",
+        Brand::VWS => "vws",
+        Brand::CloudGaming | Brand::VGaming => "cloudgaming",
+        Brand::QuadroRTX => "quadrortx",
+        Brand::NvidiaRTX => "nvidiartx",
+        Brand::Nvidia => "nvidia",
+        Brand::GeForceRTX => "geforcertx",
+        Brand::TitanRTX => "titanrtx",
+    }
 }
 
 #[cfg(test)]
