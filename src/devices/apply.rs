@@ -3,8 +3,9 @@
 //! * A device node that the container must not see is covered by a bind of itself with `nodev`, so that opening it is
 //!   `EACCES`: programs take that as they take the refusal of a device cgroup, which is what makes it safe. `/dev/null` in
 //!   its place would open, and answer nonsense; a `/dev` of the container's own would take all other devices away.
-//! * Libraries are bound one by one, under each of their names, in the image's own library directory. A name that the image
-//!   has is covered, a link as well, and nothing of the image is changed.
+//! * Libraries are bound one by one in the image's own library directory, under their files' names. Their other names are
+//!   links to these, as ldconfig would make them: half the mounts. A name that the image has is covered, a link as well, by
+//!   one more bind, and nothing of the image is changed.
 //! * Made files and links are on one tmpfs, mounted for as long as it takes to bind them where they belong.
 //!
 //! `devices::remains` says what of it is in the root filesystem, and how that goes again.
@@ -20,7 +21,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, UnmountFlags};
 
-use super::edits::{self, ContainerEdits, DeviceNode, Library, Link};
+use super::edits::{self, ContainerEdits, DeviceNode, Library, Link, Origin};
 use super::ldcache::{self, Addition, Cache, merge, musl_path, musl_path_file};
 use super::remains::{self, MountPoints};
 use super::root::RootTraits;
@@ -236,18 +237,25 @@ impl Executor<'_> {
             let path = self.place.traits.directory(is_32_bit);
             let directory = self.place.root.directory(Path::new(path)).map_err(failed("open", Path::new(path)))?;
             for library in of_class {
-                let source = rustix::fs::open(&library.host_path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+                let source = match library.origin {
+                    Origin::Host => rustix::fs::open(&library.path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()),
+                    Origin::Image => self.place.root.open(&library.path, OFlags::PATH, Mode::empty()),
+                };
                 let Ok(source) = source else {
                     let name = library.names.last().map_or("", String::as_str);
-                    let path = library.host_path.display();
+                    let path = library.path.display();
                     (self.say)(UserMessage::Notice(format!(
                         "pyxis: the node's library {path} has gone: programs in the container will not find {name}"
                     )));
                     continue;
                 };
+                let file = library.names.first().map_or("", String::as_str);
                 for name in &library.names {
-                    show_over(source.as_fd(), directory.as_fd(), name, RDONLY | NOSUID | NODEV)
-                        .map_err(failed("show the library", &Path::new(path).join(name)))?;
+                    let is_link = name != file && make_link(file, directory.as_fd(), name);
+                    if !is_link {
+                        show_over(source.as_fd(), directory.as_fd(), name, RDONLY | NOSUID | NODEV)
+                            .map_err(failed("show the library", &Path::new(path).join(name)))?;
+                    }
                     additions.push(Addition { name: name.clone(), path: format!("{path}/{name}"), is_32_bit });
                 }
             }
@@ -339,6 +347,16 @@ impl Executor<'_> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let made = rustix::fs::openat(tmpfs, name, flags, Mode::empty())?;
         show_over(made.as_fd(), parent.as_fd(), target, NOSUID | NODEV)
+    }
+}
+
+/// Makes `name` of `directory` a link to `target`, which is in the same; whether it is one, now or since an earlier start.
+fn make_link(target: &str, directory: BorrowedFd<'_>, name: &str) -> bool {
+    match rustix::fs::symlinkat(target, directory, name) {
+        Err(Errno::EXIST) => {
+            rustix::fs::readlinkat(directory, name, Vec::new()).is_ok_and(|there| there.as_bytes() == target.as_bytes())
+        }
+        made => made.is_ok(),
     }
 }
 

@@ -67,12 +67,22 @@ pub struct DeviceNode {
     pub optional: bool,
 }
 
-/// A shared library of the host's, which appears in the container's library directory under all its names, and in its
-/// linker's cache.
+/// Whose file it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Origin {
+    /// The host's.
+    Host,
+    /// The image's own.
+    Image,
+}
+
+/// A shared library, which appears in the container's library directory under all its names, and in its linker's cache.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Library {
-    /// On the host: a regular file, links resolved.
-    pub host_path: PathBuf,
+    /// Where `path` is.
+    pub origin: Origin,
+    /// A regular file, links resolved.
+    pub path: PathBuf,
     /// Whether it belongs into the directory of 32-bit libraries.
     pub is_32_bit: bool,
     /// Its file name in the container, its SONAME and other names that programs look for; the first is the file's.

@@ -4,6 +4,7 @@ pub mod access;
 pub mod apply;
 pub mod cdi;
 pub mod edits;
+pub mod elf;
 pub mod extras;
 pub mod gres;
 pub mod host;

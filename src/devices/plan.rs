@@ -2,8 +2,6 @@
 
 #![forbid(unsafe_code)]
 
-use std::path::Path;
-
 use super::access::DeviceAccess;
 use super::edits::ContainerEdits;
 use super::host::Host;
@@ -17,7 +15,7 @@ use crate::mounts::rootdir::RootDir;
 use crate::request::{Environment, StepRequest};
 
 /// What a plan is made from.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct Inputs<'a> {
     /// The files of the node.
     pub node: &'a Host,
@@ -31,10 +29,6 @@ pub struct Inputs<'a> {
     pub job: &'a Environment,
     /// The device nodes that the job's cgroup refuses to the leading task.
     pub refused: &'a DeviceAccess,
-    /// Whether the leading task may use a device node of the host.
-    pub may_use: &'a dyn Fn(&Path) -> bool,
-    /// Whether the container has a `/dev` of its own, which shows nothing of the host's hardware by itself.
-    pub private_dev: bool,
     /// The site's configuration.
     pub settings: &'a DeviceSettings,
     /// The root filesystem, to look for what it has.
@@ -43,20 +37,16 @@ pub struct Inputs<'a> {
     pub root: &'a RootTraits,
 }
 
-impl std::fmt::Debug for Inputs<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Inputs")
-            .field("private_dev", &self.private_dev)
-            .field("root", self.root)
-            .finish_non_exhaustive()
-    }
-}
-
 impl<'a> Inputs<'a> {
     /// The value of a variable that says what devices are wanted: the job's or the site's if it exists, even if it is empty,
     /// else the container's (behaviour reference, section 18.1).
     pub fn variable(&self, name: &str) -> Option<&'a [u8]> {
         self.host.get(name).or_else(|| self.container.get(name))
+    }
+
+    /// The image, if its own CUDA may be used: it is for glibc.
+    fn image_with_cuda(&self) -> Option<RootDir<'a>> {
+        (self.settings.cuda_compat && !self.root.is_musl).then_some(self.image)
     }
 
     fn nvidia(&self) -> nvidia::Request<'a> {
@@ -67,6 +57,7 @@ impl<'a> Inputs<'a> {
             job: self.job,
             step: self.request.step.as_ref(),
             refused: self.refused,
+            image: self.image_with_cuda(),
         }
     }
 }
@@ -108,7 +99,7 @@ pub fn plan(inputs: &Inputs<'_>, take_inventory: &mut TakeInventory<'_>) -> Resu
             (edits, asked, None)
         }
     };
-    edits.extend(cdi::plan(directories, registry, &names, &request.user).map_err(failed)?);
+    edits.extend(cdi::plan(directories, registry, &names, &request.user, inputs.image_with_cuda()).map_err(failed)?);
     if settings.infiniband {
         edits.extend(fabric(inputs)?);
     }

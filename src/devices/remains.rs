@@ -3,10 +3,10 @@
 //!
 //! Devices appear by mounts, which end with the container. Two things are in the root filesystem itself:
 //!
-//! * mount points, made as stubs (`RootDir::mount_point`), which exports leave out. They are listed in a file before they are
-//!   made, so that the next start can remove those that it does not need, whenever this one is killed. Only what is still
-//!   a stub is removed, and only when no other container uses the root filesystem: removing a mount point ends its mounts
-//!   in all namespaces.
+//! * mount points, made as stubs (`RootDir::mount_point`), and links to stubs beside them, which exports leave out. They are
+//!   listed in a file before they are made, so that the next start can remove those that it does not need, whenever this one is
+//!   killed. Only what is still a stub, or leads to one, is removed, and only when no other container uses the root filesystem:
+//!   removing a mount point ends its mounts in all namespaces.
 //! * `/etc/ld.so.cache`, which is written and not mounted over, because ldconfig, and with it every package manager, replaces
 //!   it by renaming. What it was before is kept beside it. Whether it is ours still, its own text says.
 //!
@@ -19,11 +19,13 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, StatxFlags};
 use rustix::io::Errno;
+use rustix::path::Arg;
 
 use super::ldcache::{self, Cache};
 use crate::mounts::rootdir::RootDir;
@@ -83,6 +85,17 @@ impl MountPoints {
     /// are returned.
     pub fn remove_except(self, root: RootDir<'_>, wanted: &Self) -> Self {
         let mut directories = Self::default();
+        // Before what they lead to, and those that will lead elsewhere.
+        for path in &self.0 {
+            let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { continue };
+            let Ok(directory) = root.open(parent, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()) else { continue };
+            let Ok(target) = rustix::fs::readlinkat(&directory, name, Vec::new()) else { continue };
+            let target = parent.join(OsStr::from_bytes(target.as_bytes()));
+            let stays = wanted.0.contains(path) && wanted.0.contains(&target);
+            if !stays && self.0.contains(&target) && is_link_to_stub(directory.as_fd(), name) {
+                let _ = rustix::fs::unlinkat(&directory, name, AtFlags::empty());
+            }
+        }
         // What is below a directory comes before it.
         for path in self.0.into_iter().rev().filter(|path| !wanted.0.contains(path)) {
             let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { continue };
@@ -95,7 +108,7 @@ impl MountPoints {
                         directories.0.insert(path);
                     }
                 }
-                FileType::RegularFile if status.st_mode & 0o7777 == 0 && status.st_size == 0 => {
+                FileType::RegularFile if is_stub(&status) => {
                     // What cannot be removed will not be in the way.
                     let _ = rustix::fs::unlinkat(&parent, name, AtFlags::empty());
                 }
@@ -105,6 +118,32 @@ impl MountPoints {
         }
         directories
     }
+}
+
+/// A mount point made for a container: without any permission, and nothing in it.
+pub fn is_stub(status: &Stat) -> bool {
+    let kind = FileType::from_raw_mode(status.st_mode);
+    status.st_mode & 0o7777 == 0
+        && (kind == FileType::Directory || kind == FileType::RegularFile && status.st_size == 0)
+}
+
+/// Whether something is mounted on the name.
+pub fn is_mounted_on(parent: BorrowedFd<'_>, name: impl Arg) -> Result<bool, Errno> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+    let status = rustix::fs::statx(parent, name, flags, StatxFlags::empty())?;
+    Ok(status.stx_attributes.bits() & libc::STATX_ATTR_MOUNT_ROOT as u64 != 0)
+}
+
+/// Whether the name is a library's, and leads to a library's stub beside it, or to what is mounted there.
+pub fn is_link_to_stub(parent: BorrowedFd<'_>, name: impl Arg) -> bool {
+    let Ok(target) = rustix::fs::readlinkat(parent, name, Vec::new()) else { return false };
+    let target = target.as_c_str();
+    let is_library = target.to_bytes().windows(3).any(|part| part == b".so");
+    if target.to_bytes().contains(&b'/') || !is_library {
+        return false;
+    }
+    let status = rustix::fs::statat(parent, target, AtFlags::SYMLINK_NOFOLLOW);
+    status.is_ok_and(|status| is_stub(&status)) || is_mounted_on(parent, target).is_ok_and(|mounted| mounted)
 }
 
 fn unless_missing(errno: Errno) -> Result<(), Errno> {
@@ -242,6 +281,30 @@ mod tests {
             assert!(!left("usr") && left("run") && left("etc"));
             MountPoints::default().write(root).unwrap();
             assert_eq!(MountPoints::read(root), MountPoints::default());
+        });
+    }
+
+    #[test]
+    fn links_go_with_what_they_lead_to() {
+        use std::os::unix::fs::symlink;
+        with_root(|path, root| {
+            let mut points = MountPoints::default();
+            for target in
+                ["/usr/lib64/liba.so.550", "/usr/lib64/liba.so.1", "/usr/lib64/libb.so", "/usr/lib64/libc.so.1"]
+            {
+                points.add(root, Path::new(target));
+            }
+            root.mount_point(Path::new("/usr/lib64/liba.so.550"), Create::File).unwrap();
+            let directory = path.join("usr/lib64");
+            symlink("liba.so.550", directory.join("liba.so.1")).unwrap();
+            // The user's: elsewhere, or to something of his own.
+            symlink("/etc/x.so", directory.join("libb.so")).unwrap();
+            fs::write(directory.join("libc.so.6"), "his").unwrap();
+            symlink("libc.so.6", directory.join("libc.so.1")).unwrap();
+            points.remove_except(root, &MountPoints::default());
+            let mut left: Vec<_> = fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            left.sort();
+            assert_eq!(left, ["libb.so", "libc.so.1", "libc.so.6"]);
         });
     }
 

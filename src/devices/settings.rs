@@ -19,6 +19,8 @@ pub struct DeviceSettings {
     pub sharp: bool,
     /// `mig_config`: containers of whole GPUs may divide them, as with enroot's hook `50-mig-config`.
     pub mig_config: bool,
+    /// `cuda_compat`: an image's CUDA that is newer than the driver's is used.
+    pub cuda_compat: bool,
     /// `cdi_directories`: directories of CDI specifications, of which the last one counts most.
     pub cdi_directories: Vec<PathBuf>,
     /// `[devices.gres]`: what devices of a generic resource are called in CDI specifications.
@@ -31,6 +33,7 @@ impl Default for DeviceSettings {
             infiniband: true,
             sharp: true,
             mig_config: false,
+            cuda_compat: true,
             cdi_directories: DIRECTORIES.map(PathBuf::from).into(),
             gres: gres::Mapping::new(),
         }

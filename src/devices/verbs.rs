@@ -9,7 +9,7 @@ use std::path::Path;
 
 use rustix::fs::{Mode, OFlags};
 
-use super::edits::{ContainerEdits, Library};
+use super::edits::{ContainerEdits, Library, Origin};
 use super::host::Host;
 use super::infiniband::Device;
 use super::ldcache::{self, Abi, Cache};
@@ -113,13 +113,13 @@ fn path_in(cache: &Cache<'_>, name: &str) -> Option<String> {
 }
 
 fn library(node: &Host, path: &str, name: &str) -> Option<Library> {
-    let host_path = node.resolve(path)?;
-    let file = host_path.file_name()?.to_str()?.to_owned();
+    let path = node.resolve(path)?;
+    let file = path.file_name()?.to_str()?.to_owned();
     let mut names = vec![file];
     if names[0] != name {
         names.push(name.to_owned());
     }
-    Some(Library { host_path, is_32_bit: false, names })
+    Some(Library { origin: Origin::Host, path, is_32_bit: false, names })
 }
 
 fn in_image_provider(image: RootDir<'_>, library: &str, provider: &str, abi: &str) -> bool {

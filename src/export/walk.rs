@@ -7,10 +7,11 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, SeekFrom, Stat, StatxFlags};
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, SeekFrom, Stat};
 use rustix::io::Errno;
 
 use super::ExportError;
+use crate::devices::remains::{is_link_to_stub, is_mounted_on, is_stub};
 use crate::devices::{ldcache, remains};
 use crate::mounts::rootdir::RootDir;
 use crate::squashfs::writer::{Attributes, Entry, FileWriter, Special, Writer, Xattrs};
@@ -116,7 +117,10 @@ impl Walker<'_> {
     fn entry(&mut self, parent: BorrowedFd<'_>, name: &[u8], path: &[u8]) -> Result<Option<OwnedFd>, Failure> {
         let status = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
         let kind = FileType::from_raw_mode(status.st_mode);
-        if is_stub(&status, kind) || is_mounted_on(parent, name)? {
+        if is_stub(&status)
+            || is_mounted_on(parent, name)?
+            || kind == FileType::Symlink && is_link_to_stub(parent, name)
+        {
             return Ok(None);
         }
         if kind == FileType::Directory {
@@ -270,18 +274,6 @@ fn open(parent: BorrowedFd<'_>, name: &[u8], flags: OFlags) -> Result<OwnedFd, E
             other => return other,
         }
     }
-}
-
-/// A mount point made for a container: without any permission, and nothing in it.
-fn is_stub(status: &Stat, kind: FileType) -> bool {
-    status.st_mode & 0o7777 == 0
-        && (kind == FileType::Directory || kind == FileType::RegularFile && status.st_size == 0)
-}
-
-fn is_mounted_on(parent: BorrowedFd<'_>, name: &[u8]) -> Result<bool, Errno> {
-    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
-    let status = rustix::fs::statx(parent, name, flags, StatxFlags::empty())?;
-    Ok(status.stx_attributes.bits() & libc::STATX_ATTR_MOUNT_ROOT as u64 != 0)
 }
 
 fn attributes(status: &Stat, xattrs: Xattrs) -> Attributes {

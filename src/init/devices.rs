@@ -2,8 +2,6 @@
 
 #![forbid(unsafe_code)]
 
-use rustix::fs::Access;
-
 use super::furnish::Outside;
 use super::{InitError, Start};
 use crate::devices::access::DeviceAccess;
@@ -37,7 +35,6 @@ pub struct Appeared {
 pub fn appear(
     start: &Start<'_>,
     root: RootDir<'_>,
-    private_dev: bool,
     (host, container): (&Environment, &Environment),
     refused: &DeviceAccess,
     outside: &mut dyn Outside,
@@ -51,8 +48,6 @@ pub fn appear(
         container,
         job: start.environment,
         refused,
-        may_use: &|path| refused.allows(path) && rustix::fs::access(path, Access::READ_OK | Access::WRITE_OK).is_ok(),
-        private_dev,
         settings: start.devices,
         image: root,
         root: &traits,

@@ -272,9 +272,8 @@ impl<'a> Furnisher<'a> {
         outside: &mut dyn Outside,
     ) -> Result<(), InitError> {
         let environments = (host, &self.environment);
-        let own_dev = self.site.choices.restrict_dev;
         let Appeared { variables, gpu_numbers, hooks, log } =
-            devices::appear(self.start, self.root(), own_dev, environments, refused, outside)?;
+            devices::appear(self.start, self.root(), environments, refused, outside)?;
         self.gpu_numbers = gpu_numbers;
         for (name, value) in variables {
             self.environment.set(name.as_str(), value.as_str());

@@ -32,8 +32,9 @@ impl Scene {
     }
 
     fn library(&self, version: &str, names: &[&str]) -> Library {
-        let host_path = self.write(&format!("host/{version}/{}", names[0]), version);
-        Library { host_path, is_32_bit: false, names: names.iter().map(|&name| name.into()).collect() }
+        let path = self.write(&format!("host/{version}/{}", names[0]), version);
+        let names = names.iter().map(|&name| name.into()).collect();
+        Library { origin: Origin::Host, path, is_32_bit: false, names }
     }
 
     fn node(&self, name: &str, minor: u32) -> PathBuf {
@@ -193,7 +194,7 @@ fn device_nodes_appear_or_cannot_be_opened() {
 fn a_library_that_vanishes_is_said() {
     scene(Future::Gone, |scene| {
         let libraries = vec![scene.library("1", &["liba.so.1"]), scene.library("1", &["libb.so.1.2", "libb.so.1"])];
-        fs::remove_file(&libraries[1].host_path).unwrap();
+        fs::remove_file(&libraries[1].path).unwrap();
         let (applied, said) = scene.apply(&ContainerEdits { libraries, ..ContainerEdits::default() });
         assert_eq!((applied, said.len()), (Ok(()), 1));
         assert!(said[0].contains("has gone: programs in the container will not find libb.so.1"), "{said:?}");

@@ -30,8 +30,8 @@ pub fn recognise(path: &str, args: &[String]) -> Option<Result<Known, String>> {
     Some(match command.as_str() {
         "create-symlinks" => links(&values(options, "link")).map(Known::Links),
         "update-ldcache" => Ok(Known::LibraryDirectories(values(options, "folder"))),
-        "disable-device-node-modification" => Ok(Known::NoNodeModification),
-        "enable-cuda-compat" | "cudacompat" => {
+        "disable-device-node-modification" | "update-nvidia-params" => Ok(Known::NoNodeModification),
+        "enable-cuda-compat" | "cuda-compat" => {
             Ok(Known::CudaCompat(values(options, "host-driver-version").pop().unwrap_or_default()))
         }
         // Directories of device nodes can be entered, sonames come with libraries, profiles are for windows.

@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File as HostFile;
 use std::io::{self, Read};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -15,8 +16,11 @@ use super::document::{self, Edits, Mount, Node};
 use super::known::{self, Known};
 use super::name::QualifiedName;
 use super::pattern::Pattern;
-use crate::devices::edits::{ContainerEdits, DeviceNode, File, Hook, HookStage, Library, Link};
+use crate::devices::edits::{ContainerEdits, DeviceNode, File, Hook, HookStage, Library, Link, Origin};
+use crate::devices::elf::Elf;
+use crate::devices::nvidia::compat::Compat;
 use crate::mounts::entry::MountEntry;
+use crate::mounts::rootdir::RootDir;
 use crate::request::User;
 use crate::sys;
 
@@ -37,6 +41,8 @@ pub(super) struct Planner {
     links: Vec<(String, String)>,
     library_directories: BTreeSet<String>,
     groups: BTreeSet<u32>,
+    /// Version of NVIDIA's driver, of which the image may have a newer part.
+    driver: Option<String>,
     /// Device nodes that the user may not open.
     closed: BTreeSet<PathBuf>,
 }
@@ -178,9 +184,7 @@ impl Planner {
             Some(Known::Links(links)) => self.links.extend(links),
             Some(Known::LibraryDirectories(directories)) => self.library_directories.extend(directories),
             Some(Known::NoNodeModification) => self.edits.files.extend(nvidia_parameters()),
-            Some(Known::CudaCompat(version)) => {
-                self.log(origin, format_args!("enable-cuda-compat for driver {version}: left to the image"));
-            }
+            Some(Known::CudaCompat(driver)) => self.driver = Some(driver),
             Some(Known::Nothing) => {}
             None => {
                 let Some(stage) = HookStage::of(&hook.hook_name) else {
@@ -200,10 +204,16 @@ impl Planner {
         Ok(())
     }
 
-    /// The edits of a container of `user`.
-    pub fn finish(mut self, user: &User) -> ContainerEdits {
-        let libraries = self.take_libraries();
+    /// The edits of a container of `user`, made from `image`, if its own CUDA may be used.
+    pub fn finish(mut self, user: &User, image: Option<RootDir<'_>>) -> ContainerEdits {
+        let mut libraries = self.take_libraries();
         let mut edits = self.edits;
+        if let (Some(driver), Some(image)) = (self.driver, image)
+            && let Some(compat) = Compat::find(image, &driver)
+        {
+            edits.log.push(compat.describe(&driver));
+            compat.replace(&mut libraries);
+        }
         edits.libraries = libraries;
         // What is mounted on comes before what is mounted there.
         self.binds.sort_by_key(|bind| Path::new(&bind.entry.target).components().count());
@@ -236,13 +246,19 @@ impl Planner {
             let target = Path::new(&bind.entry.target);
             let name = target.file_name().and_then(|name| name.to_str()).unwrap_or_default();
             let is_library = name.starts_with("lib") && name.contains(".so") && in_directory(target);
-            let Some(host_path) = bind.file.as_ref().filter(|_| is_library).and_then(|file| file.canonicalize().ok())
-            else {
-                return true;
-            };
+            let found = bind.file.as_ref().filter(|_| is_library).and_then(|file| open_library(file));
+            let Some((path, elf)) = found else { return true };
             names.insert(target.to_owned(), libraries.len());
-            let is_32_bit = is_32_bit(&host_path);
-            libraries.push(Library { host_path, is_32_bit, names: vec![name.to_owned()] });
+            let mut library = Library { origin: Origin::Host, path, is_32_bit: false, names: vec![name.to_owned()] };
+            if let Some(Elf { is_32_bit, soname }) = elf {
+                library.is_32_bit = is_32_bit;
+                // What ldconfig would make a link of.
+                if let Some(soname) = soname.filter(|soname| soname != name) {
+                    names.insert(target.with_file_name(&soname), libraries.len());
+                    library.names.push(soname);
+                }
+            }
+            libraries.push(library);
             false
         });
         // A link may lead to a link that comes later.
@@ -271,10 +287,11 @@ impl Planner {
     }
 }
 
-/// The class in an ELF header.
-fn is_32_bit(path: &Path) -> bool {
-    let mut header = [0; 5];
-    HostFile::open(path).and_then(|mut file| file.read_exact(&mut header)).is_ok() && header == *b"\x7fELF\x01"
+/// The file, by the name that no link is part of, and what it says of itself.
+fn open_library(path: &Path) -> Option<(PathBuf, Option<Elf>)> {
+    let file = HostFile::open(path).ok()?;
+    let name = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
+    Some((name, Elf::read(&file)))
 }
 
 fn nvidia_parameters() -> Option<File> {

@@ -13,6 +13,7 @@ use super::name::{Kind, QualifiedName};
 use super::planner::Planner;
 use crate::devices::edits::ContainerEdits;
 use crate::enroot::{files_in, read_file};
+use crate::mounts::rootdir::RootDir;
 use crate::request::User;
 use crate::sys;
 
@@ -85,21 +86,22 @@ pub enum CdiError {
 }
 
 /// What a container of `user` gets with the devices `names`, by the files of `directories`. `registry` is what was read of
-/// those of their vendors, if anything.
+/// those of their vendors, if anything; `image` is the image, if its own CUDA may be used.
 pub fn plan(
     directories: &[PathBuf],
     registry: Option<Registry>,
     names: &[QualifiedName],
     user: &User,
+    image: Option<RootDir<'_>>,
 ) -> Result<ContainerEdits, CdiError> {
     if names.is_empty() {
         return Ok(ContainerEdits::default());
     }
     let vendors: Vec<&str> = names.iter().map(|name| name.kind.vendor()).collect();
     let registry = registry.unwrap_or_else(|| Registry::load(directories, Some(&vendors)));
-    let mut edits = match registry.edits(names, user) {
+    let mut edits = match registry.edits(names, user, image) {
         // What there is instead is in other files.
-        Err(CdiError::Unknown { .. }) => Registry::load(directories, None).edits(names, user)?,
+        Err(CdiError::Unknown { .. }) => Registry::load(directories, None).edits(names, user, image)?,
         other => other?,
     };
     edits.log.extend(registry.problems.iter().map(|problem| format!("not understood: {problem}")));
@@ -210,7 +212,12 @@ impl Registry {
 
     /// What a container gets that has the devices `names`, of the user `user`: the edits of each device in this order, and
     /// before the first one of each file what the file says for all.
-    pub fn edits(&self, names: &[QualifiedName], user: &User) -> Result<ContainerEdits, CdiError> {
+    pub fn edits(
+        &self,
+        names: &[QualifiedName],
+        user: &User,
+        image: Option<RootDir<'_>>,
+    ) -> Result<ContainerEdits, CdiError> {
         let mut planner = Planner::default();
         let (mut files, mut seen) = (BTreeSet::new(), BTreeSet::new());
         for name in names.iter().filter(|name| seen.insert(*name)) {
@@ -233,7 +240,7 @@ impl Registry {
             }
             add(&device.container_edits)?;
         }
-        Ok(planner.finish(user))
+        Ok(planner.finish(user, image))
     }
 
     fn unknown(&self, name: &QualifiedName) -> CdiError {

@@ -8,8 +8,9 @@ use proptest::prelude::*;
 
 use super::document::{Document, Format};
 use super::*;
-use crate::devices::edits::{ContainerEdits, DeviceNode, HookStage, Link};
+use crate::devices::edits::{ContainerEdits, DeviceNode, HookStage, Link, Origin};
 use crate::mounts::entry::{Action, Create};
+use crate::mounts::rootdir::RootDir;
 use crate::request::User;
 
 fn user() -> User {
@@ -238,7 +239,10 @@ fn the_later_directory_overrides_and_files_of_one_do_not() {
     let registry = directories.load();
     assert_eq!(registry.problems, [""; 0]);
     let value = |name: &str| {
-        registry.edits(&names(&[name]), &user()).map(|edits| env(&edits).join(" ")).map_err(|error| error.to_string())
+        registry
+            .edits(&names(&[name]), &user(), None)
+            .map(|edits| env(&edits).join(" "))
+            .map_err(|error| error.to_string())
     };
     assert_eq!(value("v.com/d=one").unwrap(), "ALL=run ONE=run");
     // What two files of /etc disagree about, /run may settle.
@@ -259,7 +263,7 @@ fn edits_for_all_devices_of_a_file_come_once_and_first() {
         ("etc/b.json", &device("w.com/d", &["c"], "2")),
     ]);
     let wanted = names(&["v.com/d=b", "w.com/d=c", "v.com/d=a", "v.com/d=b"]);
-    let edits = directories.load().edits(&wanted, &user()).unwrap();
+    let edits = directories.load().edits(&wanted, &user(), None).unwrap();
     assert_eq!(env(&edits), ["ALL=1", "B=1", "ALL=2", "C=2", "A=1"]);
 }
 
@@ -271,7 +275,7 @@ fn names_that_match_nothing_say_what_there_is() {
         ("run/bad.yaml", "kind: [\n"),
     ]);
     let registry = directories.load();
-    let error = |name: &str| registry.edits(&names(&[name]), &user()).unwrap_err().to_string();
+    let error = |name: &str| registry.edits(&names(&[name]), &user(), None).unwrap_err().to_string();
     let bad = directories.path("run/bad.yaml");
     let unknown = error("v.com/d=x");
     let beginning = format!(
@@ -280,12 +284,12 @@ fn names_that_match_nothing_say_what_there_is() {
     );
     assert!(unknown.starts_with(&beginning) && !unknown.contains('\n'), "{unknown}");
     assert!(error("x.com/d=x").contains("it has devices of v.com/d, w.com/e; not understood"));
-    let empty = Registry::load(&[], None).edits(&names(&["a/b=c"]), &user()).unwrap_err();
+    let empty = Registry::load(&[], None).edits(&names(&["a/b=c"]), &user(), None).unwrap_err();
     assert_eq!(empty.to_string(), "there is no device a/b=c on this node: it has no CDI devices at all");
     let many: Vec<String> = (0..30).map(|number| format!("d{number:02}")).collect();
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
     let directories = Directories::new(&[("etc/a.json", &device("v.com/d", &many, "1"))]);
-    let error = directories.load().edits(&names(&["v.com/d=x"]), &user()).unwrap_err().to_string();
+    let error = directories.load().edits(&names(&["v.com/d=x"]), &user(), None).unwrap_err().to_string();
     assert!(error.ends_with("d19 and 10 more"), "{error}");
 }
 
@@ -304,7 +308,7 @@ fn device_nodes_are_looked_at() {
     let plan = |nodes: &str| {
         let text = document("1.2.0", &format!(r#"{{"deviceNodes": [{nodes}]}}"#), "{}");
         let directories = Directories::new(&[("etc/a.json", &text)]);
-        directories.load().edits(&names(&["vendor.com/device=dev"]), &user()).map_err(|error| error.to_string())
+        directories.load().edits(&names(&["vendor.com/device=dev"]), &user(), None).map_err(|error| error.to_string())
     };
     let node =
         |host_path: &str, path: &str, optional| DeviceNode { host_path: host_path.into(), path: path.into(), optional };
@@ -351,7 +355,7 @@ fn mounts_hooks_groups_and_what_is_left_out() {
         "netDevices": [{"hostInterfaceName": "eth1", "name": "eth0"}]
     }"#;
     let directories = Directories::new(&[("etc/a.json", &document("1.1.0", edits, "{}"))]);
-    let edits = directories.load().edits(&names(&["vendor.com/device=dev"]), &user()).unwrap();
+    let edits = directories.load().edits(&names(&["vendor.com/device=dev"]), &user(), None).unwrap();
     let targets: Vec<&str> = edits.mounts.iter().map(|entry| entry.target.as_str()).collect();
     assert_eq!(targets, ["/opt", "/t", "/opt/v/file"]);
     let actions: Vec<_> = edits.mounts.iter().map(|entry| (entry.action.clone(), entry.create)).collect();
@@ -377,7 +381,7 @@ fn mounts_hooks_groups_and_what_is_left_out() {
     }
     let missing = r#"{"mounts": [{"hostPath": "/does/not/exist", "containerPath": "/x"}]}"#;
     let directories = Directories::new(&[("etc/a.json", &document("1.1.0", missing, "{}"))]);
-    let error = directories.load().edits(&names(&["vendor.com/device=dev"]), &user()).unwrap_err().to_string();
+    let error = directories.load().edits(&names(&["vendor.com/device=dev"]), &user(), None).unwrap_err().to_string();
     assert!(error.ends_with("there is no /does/not/exist to mount: the file is out of date"), "{error}");
 }
 
@@ -472,15 +476,13 @@ fn what_nvidia_ctk_writes() {
     let directories = Directories::new(&[("etc/nvidia.yaml", &nvidia(driver.path()))]);
     let registry = directories.load();
     assert_eq!(registry.problems, [""; 0]);
-    let edits = registry.edits(&names(&["nvidia.com/gpu=0"]), &user()).unwrap();
+    let edits = registry.edits(&names(&["nvidia.com/gpu=0"]), &user(), None).unwrap();
     let nodes: Vec<_> = edits.device_nodes.iter().map(|node| node.path.to_str().unwrap()).collect();
     assert_eq!(nodes, ["/dev/nvidiactl", "/dev/nvidia0"]);
     let libraries: Vec<_> = edits
         .libraries
         .iter()
-        .map(|library| {
-            (library.host_path.file_name().unwrap().to_str().unwrap(), library.is_32_bit, &library.names[..])
-        })
+        .map(|library| (library.path.file_name().unwrap().to_str().unwrap(), library.is_32_bit, &library.names[..]))
         .collect();
     assert_eq!(
         libraries,
@@ -511,6 +513,18 @@ fn what_nvidia_ctk_writes() {
     assert_eq!(registry.device_of_node(&kind, Path::new("/dev/zero")), names(&["nvidia.com/gpu=0"]).pop());
     assert_eq!(registry.device_of_node(&kind, Path::new("/dev/full")), None);
     assert!(registry.has_kind(&kind) && !registry.has_kind(&"nvidia.com/mig".parse().unwrap()));
+    // An image with a newer CUDA of its own.
+    let image = tempfile::tempdir().unwrap();
+    let compat = image.path().join("usr/local/cuda/compat");
+    fs::create_dir_all(&compat).unwrap();
+    fs::write(compat.join("libcuda.so.560.35.05"), "").unwrap();
+    let root = fs::File::open(image.path()).unwrap();
+    let root = RootDir::new(std::os::fd::AsFd::as_fd(&root));
+    let edits = registry.edits(&names(&["nvidia.com/gpu=0"]), &user(), Some(root)).unwrap();
+    let own: Vec<_> = edits.libraries.iter().filter(|library| library.origin == Origin::Image).collect();
+    assert_eq!(own.len(), 1);
+    assert_eq!(own[0].names, ["libcuda.so.560.35.05", "libcuda.so", "libcuda.so.1"]);
+    assert_eq!(edits.libraries[0].names, ["libcuda.so.550.54.15"]);
 }
 
 /// The form of `amd-ctk cdi generate`: everything in one line, and every number there.
@@ -527,7 +541,7 @@ fn what_amd_ctk_writes() {
     );
     let directories = Directories::new(&[("run/amd.json", &text)]);
     let registry = directories.load();
-    let edits = registry.edits(&names(&["amd.com/gpu=0"]), &user()).unwrap();
+    let edits = registry.edits(&names(&["amd.com/gpu=0"]), &user(), None).unwrap();
     let nodes: Vec<_> = edits.device_nodes.iter().map(|node| node.path.to_str().unwrap()).collect();
     assert_eq!((nodes, edits.log), (vec!["/dev/dri/card1", "/dev/kfd"], vec![]));
 }

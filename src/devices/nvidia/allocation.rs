@@ -73,6 +73,21 @@ impl Allocation {
         self.given.is_some() || self.is_constrained
     }
 
+    /// Why it has what it has: for people.
+    pub fn reason(&self) -> String {
+        match (&self.given, self.is_constrained) {
+            (Some(given), _) if given.is_empty() => {
+                "the job has no GPU: Slurm manages them, and has given it none".into()
+            }
+            (Some(given), _) => {
+                let list = given.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
+                format!("the job has the GPUs that Slurm has given it: /dev/nvidiaN with N {list}")
+            }
+            (None, true) => "the job has the GPUs that its device cgroup lets it open".into(),
+            (None, false) => "the job has all GPUs: neither Slurm nor a device cgroup says otherwise".into(),
+        }
+    }
+
     /// Whether the job has this part of a GPU that it has.
     pub fn has_instance(&self, instance: &Instance) -> bool {
         instance.nodes().iter().all(|node| self.refused.allows(node))

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::wish::Capabilities;
-use crate::devices::edits::Library;
+use crate::devices::edits::{Library, Origin};
 use crate::devices::host::Host;
 use crate::devices::ldcache::{self, Abi, Cache};
 use crate::mounts::entry::MountEntry;
@@ -73,6 +73,8 @@ pub struct Contents {
     pub programs: Vec<MountEntry>,
     /// Binds of firmware.
     pub firmware: Vec<MountEntry>,
+    /// Libraries that the linker's cache has, and that are nowhere any more.
+    pub vanished: BTreeMap<&'static str, PathBuf>,
     /// Versions of the driver whose libraries are there though another driver is loaded.
     pub other_versions: Vec<String>,
 }
@@ -112,7 +114,12 @@ impl Contents {
             };
             let Some((library, name)) = std::str::from_utf8(entry.name).ok().and_then(split) else { continue };
             let Some(&library) = wanted.iter().find(|wanted| **wanted == library) else { continue };
-            let Some(path) = host.resolve(entry.path()) else { continue };
+            let Some(path) = host.resolve(entry.path()) else {
+                if name.contains(".so.") {
+                    self.vanished.entry(library).or_insert_with(|| entry.path().to_owned());
+                }
+                continue;
+            };
             let Some(suffix) = path.file_name().and_then(|file| version_of(file.to_str()?, library)) else { continue };
             if suffix != version {
                 if super::driver::is_version(suffix) && !self.other_versions.iter().any(|other| other == suffix) {
@@ -126,21 +133,22 @@ impl Contents {
                 names.push(name.to_owned());
             }
         }
-        for ((library, is_32_bit), (host_path, mut names)) in found {
+        for ((library, is_32_bit), (path, mut names)) in found {
             let file = format!("{library}.so.{version}");
             names.extend(MORE_NAMES.iter().filter(|(of, _)| *of == library).map(|(_, name)| (*name).to_owned()));
             names.retain(|name| *name != file);
             names.sort_unstable();
             names.dedup();
             names.insert(0, file);
-            self.libraries.push(Library { host_path, is_32_bit, names });
+            self.vanished.remove(library);
+            self.libraries.push(Library { origin: Origin::Host, path, is_32_bit, names });
         }
     }
 
     fn find_programs(&mut self, host: &Host, capabilities: Capabilities) {
         let beside = self.libraries.iter().filter(|library| !library.is_32_bit);
         let mut directories: Vec<PathBuf> = beside
-            .filter_map(|library| Some(library.host_path.parent()?.parent()?.join("bin")))
+            .filter_map(|library| Some(library.path.parent()?.parent()?.join("bin")))
             .chain(PROGRAMS.map(PathBuf::from))
             .collect();
         directories.dedup();

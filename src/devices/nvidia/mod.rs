@@ -4,12 +4,13 @@
 //! * [`driver`]: the loaded driver and its GPUs, from procfs; [`inventory`]: what only NVML knows, asked rarely;
 //! * [`allocation`]: which of the GPUs the job has;
 //! * [`wish`]: what the variables say; [`require`]: what the image needs; [`select`]: which GPUs are meant;
-//! * [`contents`]: libraries, programs, firmware; [`nodes`]: device nodes and procfs.
+//! * [`contents`]: libraries, programs, firmware; [`compat`]: CUDA of the image's own; [`nodes`]: device nodes and procfs.
 
 #![forbid(unsafe_code)]
 
 pub mod allocation;
 pub mod by_cdi;
+pub mod compat;
 mod contents;
 pub mod driver;
 pub mod inventory;
@@ -26,8 +27,10 @@ use super::access::DeviceAccess;
 use super::edits::{ContainerEdits, File};
 use super::host::Host;
 use crate::mounts::entry::MountEntry;
+use crate::mounts::rootdir::RootDir;
 use crate::request::{Environment, StepFacts};
 use allocation::Allocation;
+use compat::Compat;
 use contents::Contents;
 use driver::Driver;
 use require::Facts;
@@ -56,6 +59,8 @@ pub struct Request<'a> {
     pub step: Option<&'a StepFacts>,
     /// What a task of the job may not open.
     pub refused: &'a DeviceAccess,
+    /// The image, if its own CUDA may be used.
+    pub image: Option<RootDir<'a>>,
 }
 
 /// Why a container cannot have the GPUs it wants; each is one line, in the words of enroot's hook and tool.
@@ -148,6 +153,9 @@ pub fn plan(request: &Request<'_>, take: &mut TakeInventory<'_>) -> Result<Conta
     nodes::plan(&mut edits, host, &driver, &wish, &chosen)?;
     nodes::plan_proc(&mut edits, host, &wish, &chosen);
     add_contents(&mut edits, host, &driver, &wish, !chosen.is_empty())?;
+    if wish.capabilities.compute && !chosen.is_empty() {
+        prefer_newer_cuda(&mut edits, request, &driver, &chosen, &mut candidates, take);
+    }
     add_services(&mut edits, host, &wish);
     if wish.capabilities.graphics || wish.capabilities.display {
         edits.files.push(profile(&chosen));
@@ -276,11 +284,18 @@ fn add_contents(
     has_gpus: bool,
 ) -> Result<(), NvidiaError> {
     let contents = Contents::find(host, &driver.version, wish.capabilities);
-    if contents.libraries.is_empty() && has_gpus {
-        if !contents.other_versions.is_empty() {
-            let installed = contents.other_versions.join(", ");
-            return Err(NvidiaError::Mismatch { loaded: driver.version.clone(), installed });
-        }
+    if contents.libraries.is_empty() && has_gpus && !contents.other_versions.is_empty() {
+        let installed = contents.other_versions.join(", ");
+        return Err(NvidiaError::Mismatch { loaded: driver.version.clone(), installed });
+    }
+    if has_gpus && !contents.vanished.is_empty() {
+        let paths: Vec<String> = contents.vanished.values().map(|path| path.display().to_string()).collect();
+        let paths = wish::shown(&paths.join(", "));
+        edits.notices.push(format!(
+            "NVIDIA: libraries in this node's /etc/ld.so.cache are gone, and programs will not find them: {paths}; install \
+             the driver's libraries again, or run ldconfig there"
+        ));
+    } else if contents.libraries.is_empty() && has_gpus {
         edits.notices.push(format!(
             "NVIDIA: this node's /etc/ld.so.cache has no library of the driver {}, without which programs find no \
              GPU: install them and run ldconfig there",
@@ -291,6 +306,26 @@ fn add_contents(
     edits.mounts.extend(contents.programs);
     edits.mounts.extend(contents.firmware);
     Ok(())
+}
+
+/// Has the image's CUDA used if it is newer than the driver's, and the GPUs are such that it can be.
+fn prefer_newer_cuda(
+    edits: &mut ContainerEdits,
+    request: &Request<'_>,
+    driver: &Driver,
+    chosen: &[Chosen<'_>],
+    candidates: &mut Candidates<'_>,
+    take: &mut TakeInventory<'_>,
+) {
+    let Some(compat) = request.image.and_then(|image| Compat::find(image, &driver.version)) else { return };
+    let inventory = candidates.inventory(take).ok();
+    let brands = chosen.iter().filter_map(|one| inventory?.gpu(one.gpu.minor)?.brand.as_deref());
+    if let Some(brand) = brands.into_iter().find(|brand| compat::is_useless_for(brand)) {
+        edits.log.push(format!("NVIDIA: the image's CUDA is newer than the node's, and not for GPUs like {brand}"));
+        return;
+    }
+    edits.log.push(compat.describe(&driver.version));
+    compat.replace(&mut edits.libraries);
 }
 
 fn add_services(edits: &mut ContainerEdits, host: &Host, wish: &Wish) {
@@ -337,4 +372,39 @@ fn numbers(driver: &Driver, allocation: &Allocation, visible: &[u32]) -> Vec<(u3
         Some((allocation.slurms_number(driver, gpu)?, u32::try_from(position).ok()?))
     })
     .collect()
+}
+
+/// The same for a step that joins a container that runs already and shows the GPUs with the minors `shown`; and a line about
+/// those of the step's that it does not show.
+pub fn numbers_of_joining(
+    driver: &Driver,
+    allocation: &Allocation,
+    shown: &[u32],
+) -> (Vec<(u32, u32)>, Option<String>) {
+    if !allocation.is_slurms() || driver.gpus.iter().any(driver::Gpu::is_divided) {
+        return (Vec::new(), None);
+    }
+    let own = driver.gpus.iter().filter(|gpu| allocation.has(gpu));
+    let (there, missing): (Vec<_>, Vec<_>) = own.partition(|gpu| shown.contains(&gpu.minor));
+    // What the cgroup refuses is not counted.
+    let counted: Vec<u32> = driver
+        .gpus
+        .iter()
+        .filter(|gpu| shown.contains(&gpu.minor) && allocation.may_open(gpu))
+        .map(|gpu| gpu.minor)
+        .collect();
+    let number = |gpu: &&driver::Gpu| {
+        let position = counted.iter().position(|minor| *minor == gpu.minor)?;
+        Some((allocation.slurms_number(driver, gpu)?, u32::try_from(position).ok()?))
+    };
+    let mut numbers: Vec<(u32, u32)> = there.iter().filter_map(number).collect();
+    if missing.is_empty() && numbers.iter().all(|(slurms, containers)| slurms == containers) {
+        numbers.clear();
+    }
+    let names: Vec<String> = missing.iter().map(|gpu| gpu.node()).collect();
+    let text = (!missing.is_empty()).then(|| {
+        let names = names.join(", ");
+        format!("the running container has the GPUs of the step that made it, and not {names} of this step")
+    });
+    (numbers, text)
 }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use super::driver::PROC;
 use super::inventory::{Inventory, KnownGpu};
 use super::*;
-use crate::devices::edits::Library;
+use crate::devices::edits::{Library, Origin};
 use crate::devices::ldcache::{Cache, Entry};
 use crate::mounts::entry::Action;
 
@@ -116,6 +116,18 @@ impl Node {
     }
 
     fn plan_for(&self, job: &[&str], image: &[&str], refused: &[u32]) -> Result<ContainerEdits, String> {
+        self.plan_in(job, image, refused, None, "nvidia")
+    }
+
+    /// With GPUs of the product line `brand`.
+    fn plan_in(
+        &self,
+        job: &[&str],
+        image: &[&str],
+        refused: &[u32],
+        root: Option<RootDir<'_>>,
+        brand: &str,
+    ) -> Result<ContainerEdits, String> {
         let job = job.iter().collect();
         let request = Request {
             host: &Host::at(self.directory.path().canonicalize().unwrap()),
@@ -124,8 +136,9 @@ impl Node {
             job: &job,
             step: Some(&StepFacts { job_id: 1, step_id: 0, local_tasks: 1, total_tasks: 1 }),
             refused: &refused.iter().map(|minor| format!("nvidia{minor}")).collect(),
+            image: root,
         };
-        plan(&request, &mut || Ok(inventory())).map_err(|error| error.to_string())
+        plan(&request, &mut || Ok(inventory(brand))).map_err(|error| error.to_string())
     }
 
     fn plan(&self, image: &[&str]) -> ContainerEdits {
@@ -133,11 +146,11 @@ impl Node {
     }
 }
 
-fn inventory() -> Inventory {
+fn inventory(brand: &str) -> Inventory {
     let gpu = |minor: u32| KnownGpu {
         minor,
         uuid: UUIDS[minor as usize].into(),
-        brand: Some("nvidia".into()),
+        brand: Some(brand.into()),
         arch: Some("9.0".into()),
         instances: vec![],
     };
@@ -176,7 +189,7 @@ fn a_cuda_image_gets_the_driver_and_all_gpus() {
             vec!["libnvidia-nvvm.so.580.159.04", "libnvidia-nvvm.so.4"],
         ]
     );
-    assert_eq!(edits.libraries[0].host_path, PathBuf::from("/usr/local/nvidia/lib64/libcuda.so.580.159.04"));
+    assert_eq!(edits.libraries[0].path, PathBuf::from("/usr/local/nvidia/lib64/libcuda.so.580.159.04"));
     assert_eq!(
         targets(&edits),
         [
@@ -315,6 +328,37 @@ fn parts_of_gpus() {
     assert_eq!(edits.device_nodes.len(), 3 + 4);
 }
 
+/// An image for a newer CUDA than the driver's.
+#[test]
+fn the_newer_cuda_counts() {
+    let node = Node::with_gpus();
+    let image = tempfile::tempdir().unwrap();
+    let directory = image.path().join("usr/local/cuda/compat");
+    std::fs::create_dir_all(&directory).unwrap();
+    let root = std::fs::File::open(image.path()).unwrap();
+    let root = RootDir::new(std::os::fd::AsFd::as_fd(&root));
+    let plan = |capabilities: &str, devices: &str, brand: &str| {
+        let image = [format!("NVIDIA_VISIBLE_DEVICES={devices}"), format!("NVIDIA_DRIVER_CAPABILITIES={capabilities}")];
+        node.plan_in(&[], &image.each_ref().map(String::as_str), &[], Some(root), brand).unwrap()
+    };
+    let of_image = |edits: &ContainerEdits| edits.libraries.iter().filter(|one| one.origin == Origin::Image).count();
+    for (version, newer) in [("580.999.99", false), ("575.57.08", false), ("590.44.01", true)] {
+        let file = directory.join(format!("libcuda.so.{version}"));
+        std::fs::write(&file, "").unwrap();
+        let edits = plan("compute,utility", "all", "tesla");
+        assert_eq!((of_image(&edits), edits.log.len()), (usize::from(newer), usize::from(newer)), "{version}");
+        if newer {
+            assert_eq!(edits.libraries[0].names, ["libcuda.so.580.159.04"]);
+            assert!(edits.log[0].contains("driver 590.44.01"), "{edits:?}");
+            // GPUs that refuse it, and containers without CUDA or GPUs.
+            let consumer = plan("compute", "all", "geforcertx");
+            assert_eq!((of_image(&consumer), consumer.log.len()), (0, 1));
+            assert_eq!(of_image(&plan("utility", "all", "tesla")) + of_image(&plan("compute", "none", "tesla")), 0);
+        }
+        std::fs::remove_file(file).unwrap();
+    }
+}
+
 #[test]
 fn requirements() {
     let node = Node::with_gpus();
@@ -346,6 +390,7 @@ fn an_nvml_that_does_not_answer_is_said_and_no_obstacle() {
         job: &job,
         step: None,
         refused: &DeviceAccess::default(),
+        image: None,
     };
     let edits = plan(&request, &mut || Err("nvmlInit: Unknown Error".into())).unwrap();
     assert!(edits.notices[0].ends_with("was not checked: nvmlInit: Unknown Error"), "{:?}", edits.notices);
@@ -422,6 +467,20 @@ fn what_is_missing_on_the_node_is_said() {
     assert!(edits.notices[0].contains("/dev/nvidia0 is missing"), "{:?}", edits.notices);
     assert!(edits.notices[1].contains("nvidia_uvm is not loaded"), "{:?}", edits.notices);
     assert_eq!(nodes(&edits), ["nvidiactl", "nvidia1", "nvidia-uvm-tools"]);
+    // Libraries that the linker's cache has.
+    let node = Node::with_gpus();
+    let library = node.path(&format!("/usr/local/nvidia/lib64/libcuda.so.{VERSION}"));
+    std::fs::remove_file(library).unwrap();
+    let edits = node.plan(&["NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"]);
+    assert_eq!((edits.notices.len(), edits.libraries.len()), (1, 2), "{edits:?}");
+    let text = "NVIDIA: libraries in this node's /etc/ld.so.cache are gone, and programs will not find them: /usr/l";
+    assert!(
+        edits.notices[0].starts_with(text) && edits.notices[0].contains("/libcuda.so.1; install the driver's"),
+        "{:?}",
+        edits.notices
+    );
+    // What is not wanted is not missed.
+    assert_eq!(node.plan(&["NVIDIA_VISIBLE_DEVICES=all"]).notices, [""; 0]);
 }
 
 #[test]
@@ -472,6 +531,7 @@ fn a_specification_takes_the_place_of_our_search() {
             job: &variables,
             step: Some(&StepFacts { job_id: 1, step_id: 0, local_tasks: 1, total_tasks: 1 }),
             refused: &DeviceAccess::default(),
+            image: None,
         };
         match by_cdi::choose(&request, &[directory.to_owned()], &names, &mut || Err("NVML is not asked".into())) {
             Ok(Way::Cdi { names, edits, .. }) => {
@@ -505,4 +565,38 @@ fn a_specification_takes_the_place_of_our_search() {
     );
     let error = choose(&[], &["nvidia.com/gpu=all"], old.path());
     assert!(error.starts_with("the CDI specification of nvidia.com/gpu has no device for /dev/nvidia1"), "{error}");
+}
+
+/// Three GPUs with the minors 0, 1, 2, in a node that Slurm manages.
+#[test]
+fn a_step_that_joins_has_the_containers_numbers() {
+    let gpu = |minor: u32| driver::Gpu {
+        bus: driver::BusId::parse(&format!("{minor}:0.0")).unwrap(),
+        directory: String::new(),
+        uuid: None,
+        minor,
+        instances: vec![],
+    };
+    let driver = Driver { version: String::new(), gpus: (0..3).map(gpu).collect() };
+    let joining = |own: &str, refused: &[u32], shown: &[u32]| {
+        let refused = refused.iter().map(|minor| format!("nvidia{minor}")).collect();
+        let job = [format!("SLURM_STEP_GPUS={own}")].iter().collect();
+        let step = StepFacts { job_id: 1, step_id: 1, local_tasks: 1, total_tasks: 1 };
+        let allocation = Allocation::of(&Host::at("/nonexistent"), &driver, Some(&step), &job, &refused);
+        numbers_of_joining(&driver, &allocation, shown)
+    };
+    // Slurm's numbers are those of the nodes, and the container counts what it has.
+    assert_eq!(joining("1", &[], &[1, 2]), (vec![(1, 0)], None));
+    assert_eq!(joining("0,1", &[], &[0, 1]), (vec![], None));
+    let (numbers, text) = joining("0,2", &[], &[1, 2]);
+    assert_eq!(numbers, [(2, 1)]);
+    let expected = "the running container has the GPUs of the step that made it, and not /dev/nvidia0 of this step";
+    assert_eq!(text.as_deref(), Some(expected));
+    // With a device cgroup both count what they can open.
+    assert_eq!(joining("1", &[0, 2], &[0, 1]), (vec![], None));
+    assert_eq!(joining("1,2", &[0], &[0, 2]).0, [(1, 0)]);
+    // Without GPUs of Slurm's there is nothing to say.
+    let nobody =
+        Allocation::of(&Host::at("/nonexistent"), &driver, None, &Environment::default(), &DeviceAccess::default());
+    assert_eq!(numbers_of_joining(&driver, &nobody, &[0]), (vec![], None));
 }
