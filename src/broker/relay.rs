@@ -27,6 +27,8 @@ pub(super) struct Leader<'a> {
     arrived: bool,
     /// What it sent with `Proceed`.
     proceed: Option<Proceed>,
+    /// What it has answered to `WantDevices`.
+    devices: Option<DeviceAccess>,
 }
 
 /// See [`ToBroker::Proceed`].
@@ -38,7 +40,7 @@ struct Proceed {
 
 impl<'a> Leader<'a> {
     pub fn new(channel: &'a Channel<ToLeader, ToBroker>, pid: Pid) -> Self {
-        Self { channel, pid, proceed: None, arrived: false }
+        Self { channel, pid, proceed: None, devices: None, arrived: false }
     }
 
     pub fn say(&self, message: UserMessage) {
@@ -57,6 +59,7 @@ impl<'a> Leader<'a> {
             Some((ToBroker::Proceed { cgroup_namespace, devices }, descriptors)) => {
                 self.proceed = Some(Proceed { cgroup_namespace, devices, descriptors });
             }
+            Some((ToBroker::Devices { devices }, _)) => self.devices = Some(devices),
             None => return Err(BrokerError::Cancelled),
         }
         Ok(())
@@ -113,6 +116,9 @@ impl Step<'_> {
                         let problem = inventory::take(patience, host.as_fd(), config, request.user.uid)?;
                         init_channel.send(&ToInit::Inventory { problem }, &[]).map_err(|_| vanished())?;
                     }
+                    Some((FromInit::WantDevices, _)) => {
+                        leader.channel.send(&ToLeader::WantDevices, &[]).map_err(|_| BrokerError::Cancelled)?;
+                    }
                     Some((FromInit::Started, _)) => {
                         leader.channel.send(&ToLeader::Started { init }, &[]).map_err(|_| BrokerError::Cancelled)?;
                     }
@@ -132,6 +138,9 @@ impl Step<'_> {
             }
             if !from_leader.is_empty() {
                 leader.receive()?;
+                if let Some(devices) = leader.devices.take() {
+                    init_channel.send(&ToInit::Devices { devices }, &[]).map_err(|_| vanished())?;
+                }
                 if let Some(Proceed { cgroup_namespace, devices, descriptors }) = leader.proceed.take() {
                     let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
                     let proceed = ToInit::Proceed { cgroup_namespace, devices };

@@ -7,7 +7,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Mode, OFlags, StatVfsMountFlags};
 use rustix::process::DumpableBehavior;
 use rustix::thread::{CapabilitySet, ThreadNameSpaceType};
 
@@ -18,6 +18,10 @@ use super::protocol::{FromInit, ToInit};
 use super::site::Site;
 use super::{InitError, Ready, Start, begin, hook_variables, stay, step};
 use crate::container::running::Instance;
+use crate::devices::host::Host;
+use crate::devices::nvidia;
+use crate::devices::nvidia::allocation::Allocation;
+use crate::devices::nvidia::driver::Driver;
 use crate::hooks;
 use crate::image::config::ImageConfig;
 use crate::mounts::rootdir::RootDir;
@@ -27,6 +31,7 @@ use crate::store::LeasedLayer;
 use crate::sys::channel::Channel;
 use crate::sys::memfile;
 use crate::sys::process::{become_user_keeping, die_with_parent};
+use crate::task::UserMessage;
 
 /// What it knows from the beginning.
 #[derive(Debug)]
@@ -41,11 +46,11 @@ pub struct Attach<'a> {
 
 /// Joins the container, says so, and keeps it until `life` hangs up. Never returns.
 pub fn run(attach: &Attach<'_>, channel: Channel<FromInit, ToInit>, life: &OwnedFd, leases: Vec<LeasedLayer>) -> ! {
-    let ready = begin(&channel, life, &leases, &[attach.pidfd.as_fd()]).and_then(|()| join(attach));
+    let ready = begin(&channel, life, &leases, &[attach.pidfd.as_fd()]).and_then(|()| join(attach, &channel));
     stay(ready, channel, life, leases)
 }
 
-fn join(attach: &Attach<'_>) -> Result<Ready, InitError> {
+fn join(attach: &Attach<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready, InitError> {
     let Attach { start, instance, pidfd } = attach;
     let Start { request, environment: job, broker, .. } = **start;
     die_with_parent(broker).map_err(step("container init"))?;
@@ -61,6 +66,7 @@ fn join(attach: &Attach<'_>) -> Result<Ready, InitError> {
     let hooks = hooks::find(start.sysconf, &site.user_directory).map_err(step("hooks.d"))?;
     let hook_variables = hook_variables::of(instance.pid());
     let mut choices = site.choices;
+    let gpus = allocated_gpus(start, channel)?;
     let namespaces = match enter_all(instance.pid(), pidfd.as_fd()) {
         Err(error) if matches!(error.raw_os_error(), Some(libc::ESRCH | libc::ENOENT)) => return Err(InitError::Gone),
         other => other.map_err(step("join the running container"))?,
@@ -94,7 +100,37 @@ fn join(attach: &Attach<'_>) -> Result<Ready, InitError> {
         entrypoint: Probe::of(entrypoint).map_err(step("entrypoint"))?,
         cgroup_namespace: Some(namespaces.contains(ThreadNameSpaceType::CONTROL_GROUP)),
         hook_variables: hook_variables::keep(&hook_variables).map_err(step("environment"))?,
-        // The container has the devices of the step that made it, and Slurm's numbers are this step's.
-        gpu_numbers: Vec::new(),
+        gpu_numbers: gpus.map_or_else(Vec::new, |gpus| gpu_numbers(&gpus, channel)),
     })
+}
+
+/// The node's GPUs, and which of them this step has; `None` if it has none of Slurm's.
+fn allocated_gpus(
+    start: &Start<'_>,
+    channel: &Channel<FromInit, ToInit>,
+) -> Result<Option<(Driver, Allocation)>, InitError> {
+    let node = Host::default();
+    let Some(driver) = Driver::read(&node) else { return Ok(None) };
+    channel.send(&FromInit::WantDevices, &[]).map_err(|_| InitError::Abandoned)?;
+    let Some((ToInit::Devices { devices }, _)) = channel.receive().map_err(step("broker"))? else {
+        return Err(InitError::Abandoned);
+    };
+    let allocation = Allocation::of(&node, &driver, start.request.step.as_ref(), start.environment, &devices);
+    Ok(Some((driver, allocation)))
+}
+
+/// The container, which this process is in, has the GPUs of the step that made it, and Slurm's numbers are this step's. For
+/// GPUs of this step's that the container does not show, a line says so.
+fn gpu_numbers((driver, allocation): &(Driver, Allocation), channel: &Channel<FromInit, ToInit>) -> Vec<(u32, u32)> {
+    let is_shown = |node: &str| {
+        let hidden = |mount: rustix::fs::StatVfs| mount.f_flag.contains(StatVfsMountFlags::NODEV);
+        rustix::fs::statvfs(node).is_ok_and(|mount| !hidden(mount))
+    };
+    let shown: Vec<u32> = driver.gpus.iter().filter(|gpu| is_shown(&gpu.node())).map(|gpu| gpu.minor).collect();
+    let (numbers, missing) = nvidia::numbers_of_joining(driver, allocation, &shown);
+    if let Some(text) = missing {
+        // Who cannot be told has ended, and so will this process.
+        let _ = channel.send(&FromInit::Say(UserMessage::Notice(format!("pyxis: {text}"))), &[]);
+    }
+    numbers
 }

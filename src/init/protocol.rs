@@ -43,6 +43,11 @@ pub enum ToInit {
         /// What the cgroups keep the task from.
         devices: DeviceAccess,
     },
+    /// The answer to [`FromInit::WantDevices`].
+    Devices {
+        /// What the cgroups keep the task from.
+        devices: DeviceAccess,
+    },
     /// [`FromInit::WantTaskCgroup`] is done.
     InTaskCgroup,
     /// [`FromInit::WantInventory`] is done.
@@ -62,6 +67,8 @@ pub enum FromInit {
     /// Init is about to run what the site or the user wrote: that belongs into the task's cgroups, to which its children
     /// come with init itself. After Proceed.
     WantTaskCgroup,
+    /// What is the task kept from? Before Ready, and without Proceed.
+    WantDevices,
     /// The inventory of the node's GPUs ([`crate::devices::nvidia::inventory`]) is missing, or too old.
     WantInventory,
     /// One descriptor: `/dev/fuse`, mounted; somebody has to answer there.

@@ -76,6 +76,8 @@ pub enum ToLeader {
         /// Its process id.
         init: i32,
     },
+    /// What is the task kept from? It is asked by a step that joins a running container, on a node with GPUs.
+    WantDevices,
     /// The container can be joined. Descriptors: a memory file with the container's environment block and, if there is
     /// an entrypoint to run first, the pipe on which its probe reports.
     Ready {
@@ -108,6 +110,11 @@ pub enum ToBroker {
         cgroup_namespace: bool,
         /// What the cgroups keep the task from.
         #[serde(default)]
+        devices: DeviceAccess,
+    },
+    /// The answer to [`ToLeader::WantDevices`].
+    Devices {
+        /// What the cgroups keep the task from.
         devices: DeviceAccess,
     },
 }

@@ -102,6 +102,10 @@ impl StartingContainer {
                         say(UserMessage::Notice(format!("pyxis: {line}")));
                     }
                 }
+                Some((ToLeader::WantDevices, _)) => {
+                    // As above.
+                    let _ = self.channel.send(&ToBroker::Devices { devices: devices.clone() }, &[]);
+                }
                 Some((ToLeader::Started { init }, _)) => {
                     let environment = environment_file(task_environment)
                         .map_err(|error| format!("could not start container: environment: {}", sys::reason(error)))?;
