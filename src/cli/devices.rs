@@ -1,40 +1,49 @@
 //! `pyxis devices`: what this node offers, and what a container would get of it, without starting one. In a job (`srun pyxis
 //! devices`) it is what a container of the step would get.
 
-use std::ffi::OsString;
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use rustix::fs::Access;
 use serde::Serialize;
 
+use super::run::{bare_request, join};
 use crate::config::Config;
 use crate::devices::access::DeviceAccess;
 use crate::devices::cdi::{QualifiedName, Registry};
 use crate::devices::edits::ContainerEdits;
 use crate::devices::host::Host;
 use crate::devices::infiniband;
+use crate::devices::nvidia::allocation::Allocation;
 use crate::devices::nvidia::driver::Driver;
 use crate::devices::nvidia::inventory::{self, Inventory};
 use crate::devices::plan::{GPUS, INFINIBAND, Inputs, plan};
 use crate::devices::root::RootTraits;
 use crate::enroot::environ;
 use crate::mounts::rootdir::RootDir;
-use crate::request::{Environment, PROTOCOL_VERSION, StepFacts, StepRequest, Unshare, User};
+use crate::request::{Environment, StepFacts, StepRequest, User};
 use crate::sys;
+
+mod image;
 
 type Error = Box<dyn std::error::Error>;
 
 /// Show the devices of this node, and what of them a container would get.
+///
+/// With an image, which is started as by "pyxis run" to be looked at, and gets nothing: that takes root.
 #[derive(Debug, Clone, clap::Args)]
 pub struct DevicesArgs {
+    /// The image: [USER@][REGISTRY#]IMAGE[:TAG]
+    #[arg(conflicts_with = "root", value_name = "IMAGE")]
+    image: Option<String>,
+    /// Whose container it would be: a user name or number
+    #[arg(long, value_name = "USER", default_value = "0", requires = "image")]
+    user: String,
     /// Report as JSON
     #[arg(long)]
     json: bool,
-    /// A variable of the image, as NVIDIA_VISIBLE_DEVICES=all
+    /// A variable of the image, or to be laid over it, as NVIDIA_VISIBLE_DEVICES=all
     #[arg(long = "env", value_name = "NAME=VALUE")]
     env: Vec<String>,
     /// An unpacked root filesystem, whose library directories and /etc/environment count
@@ -53,7 +62,8 @@ pub const JSON: &str = "\
 One object with two:
   node       nvidia_driver (its version, or null), gpus (uuid, address, node, allowed, mig), infiniband (name, address,
              nodes), cdi_directories, cdi_devices (name, file), cdi_problems
-  container  variables (name, value, source: job or image), library_directory, error (why it would not start, or null),
+  container  image (or null), variables (name, value, source: job or image), reasons (why the job has which GPUs, and
+             whether a CDI specification decides: list of lines), library_directory, error (why it would not start, or null),
              device_nodes, hidden, libraries, mounts, files, links, env, hooks, notices, log";
 
 #[derive(Debug, Serialize)]
@@ -102,8 +112,12 @@ struct CdiDevice {
 /// What a container would get, and what that is concluded from.
 #[derive(Debug, Default, Serialize)]
 struct Container {
+    /// Of which image.
+    image: Option<String>,
     /// Variables that decide, and whose they are.
     variables: Vec<Variable>,
+    /// What else decides.
+    reasons: Vec<String>,
     library_directory: String,
     /// Why it would not start.
     error: Option<String>,
@@ -128,16 +142,36 @@ struct Variable {
 }
 
 /// Runs the command.
-pub fn run(args: &DevicesArgs, config: &Path) -> Result<ExitCode, Error> {
-    let config = Config::load(config)?;
+pub fn run(args: &DevicesArgs, path: &Path) -> Result<ExitCode, Error> {
+    let config = Config::load(path)?;
+    if let Some(image) = &args.image {
+        let look = |container: &Environment, root: &Path| report(args, &config, container.clone(), root);
+        return Ok(ExitCode::from(image::look(image, &args.user, path, look)?));
+    }
+    let mut container = Environment::default();
+    if args.root != Path::new("/") {
+        let root = open(&args.root)?;
+        if let Some(text) = RootDir::new(root.as_fd()).read("/etc/environment", environ::MAX_FILE)? {
+            environ::assign(&mut container, &text, None);
+        }
+    }
+    Ok(ExitCode::from(report(args, &config, container, &args.root)?))
+}
+
+fn open(root: &Path) -> Result<File, Error> {
+    Ok(File::open(root).map_err(|error| format!("{}: {}", root.display(), sys::reason(error)))?)
+}
+
+/// Prints it, for a container with the environment `container` and the root filesystem `root`; gives the exit code.
+fn report(args: &DevicesArgs, config: &Config, container: Environment, root: &Path) -> Result<u8, Error> {
     let node = Host::default();
-    let report = Report { node: look_at(&node, &config), container: conclude(args, &node, &config)? };
+    let report = Report { node: look_at(&node, config), container: conclude(args, &node, config, container, root)? };
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         print!("{}", text(&report));
     }
-    Ok(if report.container.error.is_some() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    Ok(report.container.error.is_some().into())
 }
 
 fn look_at(node: &Host, config: &Config) -> Node {
@@ -172,17 +206,17 @@ fn look_at(node: &Host, config: &Config) -> Node {
 }
 
 /// Plans a container as its start would.
-fn conclude(args: &DevicesArgs, node: &Host, config: &Config) -> Result<Container, Error> {
-    let root = File::open(&args.root).map_err(|error| format!("{}: {}", args.root.display(), sys::reason(error)))?;
+fn conclude(
+    args: &DevicesArgs,
+    node: &Host,
+    config: &Config,
+    mut container: Environment,
+    root: &Path,
+) -> Result<Container, Error> {
+    let root = open(root)?;
     let image = RootDir::new(root.as_fd());
     let traits = RootTraits::of(image);
-    let mut job: Environment = std::env::vars_os().map(|(name, value)| line(name, value)).collect();
-    let mut container = Environment::default();
-    if args.root != Path::new("/")
-        && let Some(text) = image.read("/etc/environment", environ::MAX_FILE)?
-    {
-        environ::assign(&mut container, &text, None);
-    }
+    let mut job: Environment = std::env::vars_os().map(|(name, value)| join(name, value)).collect();
     for variable in &args.env {
         let (name, value) = variable.split_once('=').ok_or_else(|| format!("--env {variable}: no NAME=VALUE"))?;
         container.set(name, value);
@@ -191,7 +225,11 @@ fn conclude(args: &DevicesArgs, node: &Host, config: &Config) -> Result<Containe
         let (name, list) = gres.split_once(':').ok_or_else(|| format!("--gres {gres}: no NAME:INDEX[,INDEX]"))?;
         job.set(format!("SLURM_STEP_{}S", name.to_uppercase()), list);
     }
-    let mut concluded = Container { library_directory: traits.library_directory.clone(), ..Container::default() };
+    let mut concluded = Container {
+        image: args.image.clone(),
+        library_directory: traits.library_directory.clone(),
+        ..Container::default()
+    };
     for name in [GPUS, "NVIDIA_DRIVER_CAPABILITIES", INFINIBAND] {
         let found = job.get(name).map(|value| (value, "job"));
         if let Some((value, source)) = found.or_else(|| Some((container.get(name)?, "image"))) {
@@ -201,6 +239,9 @@ fn conclude(args: &DevicesArgs, node: &Host, config: &Config) -> Result<Containe
     }
     let request = request(args, &job)?;
     let refused = DeviceAccess::of_this_process();
+    if let Some(driver) = Driver::read(node).filter(|driver| !driver.gpus.is_empty()) {
+        concluded.reasons.push(Allocation::of(node, &driver, request.step.as_ref(), &job, &refused).reason());
+    }
     let inputs = Inputs {
         node,
         request: &request,
@@ -208,8 +249,6 @@ fn conclude(args: &DevicesArgs, node: &Host, config: &Config) -> Result<Containe
         container: &container,
         job: &job,
         refused: &refused,
-        may_use: &|path| refused.allows(path) && rustix::fs::access(path, Access::READ_OK | Access::WRITE_OK).is_ok(),
-        private_dev: config.container.restrict_dev,
         settings: &config.devices,
         image,
         root: &traits,
@@ -228,56 +267,30 @@ fn take_inventory(node: &Host) -> Result<Inventory, String> {
     Inventory::parse(&taken, &key).ok_or_else(|| "NVML and the kernel say different things about the GPUs".into())
 }
 
-fn line(mut name: OsString, value: OsString) -> Vec<u8> {
-    name.push("=");
-    name.push(value);
-    name.into_vec()
-}
-
 /// Of a step, if this is one or is to be as if it were.
 fn request(args: &DevicesArgs, job: &Environment) -> Result<StepRequest, Error> {
     let number = |name: &str| job.get_str(name).and_then(|text| text.parse().ok());
     let step = number("SLURM_STEP_ID").or_else(|| (!args.gres.is_empty()).then_some(0));
     let groups = nix::unistd::getgroups().unwrap_or_default();
-    Ok(StepRequest {
-        protocol: PROTOCOL_VERSION,
-        user: User {
-            uid: rustix::process::getuid().as_raw(),
-            gid: rustix::process::getgid().as_raw(),
-            groups: groups.into_iter().map(nix::unistd::Gid::as_raw).collect(),
-        },
-        step: step.map(|step_id| StepFacts {
-            job_id: number("SLURM_JOB_ID").unwrap_or_default(),
-            step_id,
-            local_tasks: 1,
-            total_tasks: 1,
-        }),
-        image: None,
-        pull: None,
-        name: None,
-        job_scope: false,
-        save: None,
-        entrypoint: false,
-        entrypoint_log: false,
-        unshare: Unshare::default(),
-        devices: args.container_device.clone(),
-        importer: None,
-        cwd: std::env::current_dir()?,
-        mounts: Vec::new(),
-        container_env: Vec::new(),
-        workdir: None,
-        mount_home: None,
-        remap_root: None,
-        writable: None,
-        batch_script: None,
-    })
+    let user = User {
+        uid: rustix::process::getuid().as_raw(),
+        gid: rustix::process::getgid().as_raw(),
+        groups: groups.into_iter().map(nix::unistd::Gid::as_raw).collect(),
+    };
+    let step = step.map(|step_id| StepFacts {
+        job_id: number("SLURM_JOB_ID").unwrap_or_default(),
+        step_id,
+        local_tasks: 1,
+        total_tasks: 1,
+    });
+    Ok(StepRequest { step, devices: args.container_device.clone(), ..bare_request(user)? })
 }
 
 impl Container {
     fn fill(&mut self, edits: ContainerEdits) {
         self.device_nodes = edits.device_nodes.into_iter().map(|node| (node.host_path, node.path)).collect();
         self.hidden = edits.hidden;
-        self.libraries = edits.libraries.into_iter().map(|library| (library.host_path, library.names)).collect();
+        self.libraries = edits.libraries.into_iter().map(|library| (library.path, library.names)).collect();
         self.mounts = edits.mounts.into_iter().map(|entry| (entry.source, entry.target)).collect();
         self.files = edits.files.into_iter().map(|file| file.path).collect();
         self.links = edits.links.into_iter().map(|link| (link.path, link.target)).collect();
@@ -313,10 +326,12 @@ fn text(report: &Report) -> String {
     lines.extend(node.cdi_devices.iter().map(|device| format!("    {}   {}", device.name, device.file.display())));
     lines.extend(node.cdi_problems.iter().map(|problem| format!("    not usable: {problem}")));
 
-    lines.push("A container".into());
+    let of = container.image.as_ref().map(|image| format!(" of {image}")).unwrap_or_default();
+    lines.push(format!("A container{of}"));
     for variable in &container.variables {
         lines.push(format!("    {}={} of the {}", variable.name, variable.value, variable.source));
     }
+    lines.extend(container.reasons.iter().map(|reason| format!("    {reason}")));
     let mut add = |what: &str, text: String| lines.push(format!("    {what:<12} {text}"));
     if let Some(error) = &container.error {
         add("fails", error.clone());

@@ -1,6 +1,7 @@
 //! Joining a container: `setns`, working directory, seccomp (behaviour reference, sections 6.4 and 8).
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::PathBuf;
 
 use rustix::process::{Pid, PidfdFlags};
 use rustix::thread::ThreadNameSpaceType;
@@ -65,6 +66,16 @@ impl Container {
     /// Working directory of a task inside the container: what was asked for, else the image's.
     pub fn workdir<'a>(&'a self, options: &'a JoinOptions) -> &'a str {
         options.workdir.as_deref().unwrap_or(&self.workdir)
+    }
+
+    /// The container's own environment, before a task's is merged with it.
+    pub fn environment(&self) -> &Environment {
+        &self.environment
+    }
+
+    /// Its root directory, to be looked at from outside by the container's user.
+    pub fn root(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root", self.init))
     }
 
     /// Moves the calling, single-threaded task into the container's namespaces, changes to its working directory and
