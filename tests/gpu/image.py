@@ -1,6 +1,8 @@
 """An OCI image layout made of this machine's own files: a shell, Python and what they need, and nothing of the driver.
 
-    python3 image.py DIRECTORY
+    python3 image.py DIRECTORY [LIBCUDA VERSION]
+
+With the file LIBCUDA as the CUDA of a driver VERSION, in /usr/local/cuda/compat.
 """
 
 import hashlib
@@ -97,6 +99,13 @@ def layer():
         for name, path in sorted(found.items()):
             with open(path, "rb") as file:
                 add(name, content=file.read())
+        if len(sys.argv) > 2:
+            for directory in ["usr/local", "usr/local/cuda", "usr/local/cuda/compat"]:
+                add(directory, tarfile.DIRTYPE)
+            name = "libcuda.so." + sys.argv[3]
+            with open(sys.argv[2], "rb") as file:
+                add("usr/local/cuda/compat/" + name, content=file.read())
+            add("usr/local/cuda/compat/libcuda.so.1", tarfile.SYMTYPE, name)
     return data.getvalue()
 
 

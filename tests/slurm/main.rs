@@ -94,7 +94,7 @@ fn main() -> ExitCode {
         ("unshare", unshare::CASES),
         ("devices", devices::CASES),
         ("cdi", cdi::CASES),
-        ("nvidia", nvidia::CASES),
+        ("nvidia", &nvidia::cases()),
         ("injected", injected::CASES),
         ("entrypoint", entrypoint::CASES),
         ("save", save::CASES),

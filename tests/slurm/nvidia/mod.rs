@@ -1,6 +1,12 @@
 //! NVIDIA's GPUs in containers, on a node that pretends to have some (behaviour reference, section 18).
 
+mod compat;
+mod fabric;
+mod joining;
 mod node;
+mod parts;
+mod specifications;
+mod wanting;
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -13,7 +19,12 @@ use crate::world::{World, sorted};
 pub use node::GpuBed;
 use node::{VERSION, uuid};
 
-pub const CASES: &[Case] = &[
+/// The cases of this module and of those below it.
+pub fn cases() -> Vec<Case> {
+    [CASES, compat::CASES, fabric::CASES, joining::CASES, parts::CASES, specifications::CASES, wanting::CASES].concat()
+}
+
+const CASES: &[Case] = &[
     ("a_cuda_image_gets_driver_and_gpus", cuda_image),
     ("visible_devices", visible_devices),
     ("capabilities", capabilities),
@@ -189,7 +200,12 @@ fn job_sees_its_own(world: &mut World) -> Result<()> {
 /// With Slurm's own: numbers are what the job counts.
 fn device_cgroup(world: &mut World) -> Result<()> {
     gpus(world)?;
-    let gpus = world.gpus.as_mut().context("just made")?;
+    with_device_cgroup(world.gpus.as_mut().context("just made")?, constrained)
+}
+
+/// Runs `test` while Slurm keeps jobs from devices that it has not given them; it reads its configuration again, before and
+/// after.
+fn with_device_cgroup(gpus: &mut GpuBed, test: impl FnOnce(&GpuBed) -> Result<()>) -> Result<()> {
     let site = gpus.bed.cluster.config().parent().context("a file")?.to_owned();
     fs::write(
         site.join("cgroup.conf"),
@@ -205,7 +221,7 @@ fn device_cgroup(world: &mut World) -> Result<()> {
         gpus.bed.cluster.wait_until_idle()
     };
     restart(gpus, "TaskPlugin=task/cgroup\n")?;
-    let checked = constrained(gpus);
+    let checked = test(gpus);
     restart(gpus, "")?;
     checked
 }
@@ -265,7 +281,8 @@ fn inventory(world: &mut World) -> Result<()> {
     let output = gpus.srun(&[], &["--gpus-per-node=1", "--container-image=cuda", "echo", "started"]);
     fs::remove_file(broken)?;
     let output = output?.success()?;
-    let text = "pyxis: NVIDIA: whether the GPUs are what the image requires was not checked: nvmlInit: Unknown Error\n";
+    let text = "pyxis: NVIDIA: whether the GPUs are what the image requires was not checked: NVML cannot be \
+                initialized: an internal driver error occurred\n";
     ensure!(output.stdout == "started\n" && output.stderr.contains(text), "{output}");
     ensure!(!file.exists());
     Ok(())

@@ -16,6 +16,16 @@ pub const VERSION: &str = "580.159.04";
 /// What can be opened instead of GPUs: zero, full, random.
 const NUMBERS: [u32; 3] = [5, 7, 8];
 
+/// Capabilities: of the last GPU's two instances, and of dividing GPUs.
+const PARTS: [(&str, u32); 6] = [
+    ("gpu2/mig/gi1/access", 21),
+    ("gpu2/mig/gi1/ci0/access", 22),
+    ("gpu2/mig/gi2/access", 30),
+    ("gpu2/mig/gi2/ci0/access", 31),
+    ("mig/config", 1),
+    ("mig/monitor", 2),
+];
+
 /// SONAMEs.
 const LIBRARIES: [(&str, &str); 4] = [
     ("libcuda", "libcuda.so.1"),
@@ -24,13 +34,15 @@ const LIBRARIES: [(&str, &str); 4] = [
     ("libnvidia-glcore", "libnvidia-glcore.so.580.159.04"),
 ];
 
-/// The functions that the inventory needs. Breaks while `/run/nvml-broken` is there.
+/// The functions that the inventory needs. Breaks while `/run/pyxis/nvml-broken` is there. While the last GPU is divided, NVML
+/// counts its parts in an order of its own, with a gap.
 const NVML: &str = r#"
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
-static int order[3] = {0, 1, 2};
-static const char *uuids[3] = {UUIDS};
+static int order[5] = {0, 1, 2, 3, 4};
+static const char *uuids[5] = {UUIDS, "MIG-1f6b7b9a-5a77-5e6e-b3c8-a1ddf5d9b3ad", "MIG-2f6b7b9a-5a77-5e6e-b3c8-a1ddf5d9b3ad"};
+static int divided(void) { return access("/proc/driver/nvidia/capabilities/gpu2/mig/gi1", F_OK) == 0; }
 int nvmlInit_v2(void) { return access("/run/pyxis/nvml-broken", F_OK) == 0 ? 999 : 0; }
 const char *nvmlErrorString(int error) { return error == 999 ? "Unknown Error" : "Not Supported"; }
 int nvmlSystemGetCudaDriverVersion_v2(int *version) { *version = 13000; return 0; }
@@ -40,6 +52,15 @@ int nvmlDeviceGetMinorNumber(void *device, unsigned *minor) { *minor = *(int *)d
 int nvmlDeviceGetUUID(void *device, char *text, unsigned length) { snprintf(text, length, "%s", uuids[*(int *)device]); return 0; }
 int nvmlDeviceGetBrand(void *device, unsigned *brand) { *brand = 14; return 0; }
 int nvmlDeviceGetCudaComputeCapability(void *device, int *major, int *minor) { *major = 9; *minor = 0; return 0; }
+int nvmlDeviceGetMaxMigDeviceCount(void *device, unsigned *count) { *count = 7; return 0; }
+int nvmlDeviceGetMigDeviceHandleByIndex(void *device, unsigned index, void **part) {
+    if (*(int *)device != 2 || !divided()) return 3;
+    if (index != 0 && index != 2) return 6;
+    *part = &order[index == 0 ? 4 : 3];
+    return 0;
+}
+int nvmlDeviceGetGpuInstanceId(void *part, unsigned *id) { *id = *(int *)part - 2; return 0; }
+int nvmlDeviceGetComputeInstanceId(void *part, unsigned *id) { *id = 0; return 0; }
 "#;
 
 /// Does what every CUDA program does first.
@@ -108,13 +129,19 @@ impl GpuBed {
         Ok(output.success()?.stdout.trim_end().to_owned())
     }
 
+    /// A shell script on the node, as root.
+    pub fn on_node(&self, script: &str) -> Result<String> {
+        let node = &self.bed.cluster.nodes()[0];
+        process::output_of(node.command("sh").args(["-ec", script, "node"]).arg(self.bed.site.path("driver")))
+    }
+
     /// The node's runtime directory, from outside.
     pub fn runtime(&self) -> PathBuf {
         self.bed.cluster.nodes()[0].private("/run/pyxis")
     }
 }
 
-fn compile(source: &str, output: &Path, arguments: &[&str]) -> Result<()> {
+pub fn compile(source: &str, output: &Path, arguments: &[&str]) -> Result<()> {
     let file = output.with_extension("c");
     fs::write(&file, source)?;
     process::output_of(
@@ -123,7 +150,7 @@ fn compile(source: &str, output: &Path, arguments: &[&str]) -> Result<()> {
     fs::remove_file(file).map_err(Into::into)
 }
 
-fn write(path: &Path, text: &str) -> Result<()> {
+pub fn write(path: &Path, text: &str) -> Result<()> {
     fs::create_dir_all(path.parent().context("a file")?)?;
     fs::write(path, text).with_context(|| path.display().to_string())
 }
@@ -148,6 +175,15 @@ fn make_driver(directory: &Path) -> Result<()> {
     }
     for node in ["nvidiactl", "nvidia-uvm", "nvidia-uvm-tools"] {
         mknod(&devices.join(node), 3)?;
+    }
+    // The parts of the last GPU, to be put into place by tests.
+    let parts = directory.join("mig");
+    for (path, number) in PARTS {
+        write(&parts.join(path), &format!("DeviceFileMinor: {number}\nDeviceFileMode: 292\nDeviceFileModify: 1\n"))?;
+        let node = directory.join(format!("mig-nodes/nvidia-cap{number}"));
+        fs::create_dir_all(node.parent().context("a file")?)?;
+        // Nobody's: opening it fails in another way than opening what is hidden.
+        process::output_of(Command::new("mknod").arg("--mode=444").arg(node).args(["c", "240", &number.to_string()]))?;
     }
     let libraries = directory.join("lib64");
     fs::create_dir_all(&libraries)?;
@@ -176,6 +212,11 @@ fn mknod(path: &Path, minor: u32) -> Result<()> {
 
 /// As CUDA images are, but small: a Debian by its name, ldconfig, a C library and the program.
 pub fn make_image(layout: &Path) -> Result<String> {
+    make_image_with(layout, |_| Ok(()))
+}
+
+/// The same with more in it.
+pub fn make_image_with(layout: &Path, add: impl FnOnce(&Path) -> Result<()>) -> Result<String> {
     let tree = layout.join("tree");
     images::busybox_tree(&tree)?;
     write(&tree.join("etc/debian_version"), "12.0\n")?;
@@ -187,6 +228,7 @@ pub fn make_image(layout: &Path) -> Result<String> {
         fs::copy(Path::new("/").join(file), tree.join(file)).with_context(|| file.to_owned())?;
     }
     compile(PROGRAM, &tree.join("bin/cuda-program"), &[])?;
+    add(&tree)?;
     let environment = [
         images::IMAGE_PATH,
         "NVIDIA_VISIBLE_DEVICES=all",
