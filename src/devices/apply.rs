@@ -17,9 +17,10 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, UnmountFlags};
+use rustix::path::Arg;
 
 use super::edits::{self, ContainerEdits, DeviceNode, Library, Link, Origin};
 use super::ldcache::{self, Addition, Cache, merge, musl_path, musl_path_file};
@@ -237,23 +238,32 @@ impl Executor<'_> {
             let path = self.place.traits.directory(is_32_bit);
             let directory = self.place.root.directory(Path::new(path)).map_err(failed("open", Path::new(path)))?;
             for library in of_class {
-                let source = match library.origin {
-                    Origin::Host => rustix::fs::open(&library.path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()),
-                    Origin::Image => self.place.root.open(&library.path, OFlags::PATH, Mode::empty()),
+                let set = RDONLY | NOSUID | NODEV;
+                let bind = || match library.origin {
+                    Origin::Host => bind_at(CWD, &library.path, set),
+                    Origin::Image => {
+                        bind(self.place.root.open(&library.path, OFlags::PATH, Mode::empty())?.as_fd(), set)
+                    }
                 };
-                let Ok(source) = source else {
-                    let name = library.names.last().map_or("", String::as_str);
-                    let path = library.path.display();
-                    (self.say)(UserMessage::Notice(format!(
-                        "pyxis: the node's library {path} has gone: programs in the container will not find {name}"
-                    )));
-                    continue;
+                let mut mount = match bind() {
+                    Ok(mount) => Some(mount),
+                    Err(Errno::NOENT | Errno::NOTDIR | Errno::ACCESS) => {
+                        let name = library.names.last().map_or("", String::as_str);
+                        let path = library.path.display();
+                        (self.say)(UserMessage::Notice(format!(
+                            "pyxis: the node's library {path} has gone: programs in the container will not find {name}"
+                        )));
+                        continue;
+                    }
+                    Err(errno) => return Err(failed("show the library", &library.path)(errno)),
                 };
                 let file = library.names.first().map_or("", String::as_str);
                 for name in &library.names {
                     let is_link = name != file && make_link(file, directory.as_fd(), name);
                     if !is_link {
-                        show_over(source.as_fd(), directory.as_fd(), name, RDONLY | NOSUID | NODEV)
+                        let mount = mount.take().map_or_else(bind, Ok);
+                        mount
+                            .and_then(|mount| show_over(mount, directory.as_fd(), name))
                             .map_err(failed("show the library", &Path::new(path).join(name)))?;
                     }
                     additions.push(Addition { name: name.clone(), path: format!("{path}/{name}"), is_32_bit });
@@ -346,7 +356,7 @@ impl Executor<'_> {
         rustix::fs::symlinkat(&link.target, tmpfs, name)?;
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let made = rustix::fs::openat(tmpfs, name, flags, Mode::empty())?;
-        show_over(made.as_fd(), parent.as_fd(), target, NOSUID | NODEV)
+        show_over(bind(made.as_fd(), NOSUID | NODEV)?, parent.as_fd(), target)
     }
 }
 
@@ -360,24 +370,24 @@ fn make_link(target: &str, directory: BorrowedFd<'_>, name: &str) -> bool {
     }
 }
 
-/// Covers the name `name` of `directory` by what `source` refers to. What is missing is made as a stub.
-fn show_over(
-    source: BorrowedFd<'_>,
-    directory: BorrowedFd<'_>,
-    name: impl rustix::path::Arg + Copy,
-    set: u64,
-) -> Result<(), Errno> {
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-    match rustix::fs::openat(directory, name, flags, Mode::empty()) {
+/// Covers the name `name` of `directory` by `mount`. What is missing is made as a stub.
+fn show_over(mount: OwnedFd, directory: BorrowedFd<'_>, name: impl Arg + Copy) -> Result<(), Errno> {
+    // Not opened: that would open it on the layer below, too.
+    match rustix::fs::mknodat(directory, name, FileType::RegularFile, Mode::empty(), 0) {
         Err(Errno::EXIST) => {}
-        other => drop(other?),
+        other => other?,
     }
-    attach_over(bind(source, set)?.as_fd(), directory, name)
+    attach_over(mount.as_fd(), directory, name)
 }
 
 /// A detached bind of what `source` refers to.
 fn bind(source: BorrowedFd<'_>, set: u64) -> Result<OwnedFd, Errno> {
-    let mount = clone_tree(source, Path::new(""), false)?;
+    bind_at(source, Path::new(""), set)
+}
+
+/// The same of `path`, relative to `directory`.
+fn bind_at(directory: BorrowedFd<'_>, path: &Path, set: u64) -> Result<OwnedFd, Errno> {
+    let mount = clone_tree(directory, path, false)?;
     set_attributes(mount.as_fd(), &Attributes { set, propagation: libc::MS_PRIVATE, ..Attributes::default() })?;
     Ok(mount)
 }

@@ -81,7 +81,7 @@ pub enum Origin {
 pub struct Library {
     /// Where `path` is.
     pub origin: Origin,
-    /// A regular file, links resolved.
+    /// A regular file, or a link to one.
     pub path: PathBuf,
     /// Whether it belongs into the directory of 32-bit libraries.
     pub is_32_bit: bool,

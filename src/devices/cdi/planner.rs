@@ -6,7 +6,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File as HostFile;
 use std::io::{self, Read};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -246,8 +245,8 @@ impl Planner {
             let target = Path::new(&bind.entry.target);
             let name = target.file_name().and_then(|name| name.to_str()).unwrap_or_default();
             let is_library = name.starts_with("lib") && name.contains(".so") && in_directory(target);
-            let found = bind.file.as_ref().filter(|_| is_library).and_then(|file| open_library(file));
-            let Some((path, elf)) = found else { return true };
+            let Some(path) = bind.file.clone().filter(|_| is_library) else { return true };
+            let elf = HostFile::open(&path).ok().and_then(|file| Elf::read(&file));
             names.insert(target.to_owned(), libraries.len());
             let mut library = Library { origin: Origin::Host, path, is_32_bit: false, names: vec![name.to_owned()] };
             if let Some(Elf { is_32_bit, soname }) = elf {
@@ -285,13 +284,6 @@ impl Planner {
         self.links.retain(|link| seen.insert(link.clone()));
         libraries
     }
-}
-
-/// The file, by the name that no link is part of, and what it says of itself.
-fn open_library(path: &Path) -> Option<(PathBuf, Option<Elf>)> {
-    let file = HostFile::open(path).ok()?;
-    let name = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
-    Some((name, Elf::read(&file)))
 }
 
 fn nvidia_parameters() -> Option<File> {

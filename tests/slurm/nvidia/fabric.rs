@@ -37,14 +37,15 @@ const SETUP: &str = r#"
     mknod -m 666 /dev/infiniband/rdma_cm c 1 3
     mount --bind ld.so.cache /etc/ld.so.cache
 "#;
-const TEARDOWN: &str =
-    "test -e /dev/infiniband; umount /etc/ld.so.cache; rm -r /dev/infiniband; umount -l /sys; umount -l $1/fabric/sys";
+const TEARDOWN: &str = "if [ -e /dev/infiniband ]; then
+        umount /etc/ld.so.cache; rm -r /dev/infiniband; umount -l /sys; umount -l $1/fabric/sys
+    fi";
 
 /// Runs `test` while the node has the devices.
 fn with_fabric(gpus: &GpuBed, test: impl FnOnce() -> Result<()>) -> Result<()> {
     let directory = gpus.bed.site.path("driver/fabric");
     // What a test that has failed has left.
-    gpus.on_node(&format!("({TEARDOWN}) 2>/dev/null || true"))?;
+    gpus.on_node(TEARDOWN)?;
     let _ = fs::remove_dir_all(&directory);
     let tree = directory.join("tree");
     for class in ["infiniband", "infiniband_verbs", "infiniband_mad"] {

@@ -17,10 +17,10 @@ fn job(gpus: &GpuBed, name: &str, third: &str) -> Result<Output> {
     let home = gpus.bed.cluster.user(0).home.join("work");
     let script = format!(
         "cd {home}; rm -f {name}.up {name}.end {name}.one; mkfifo {name}.up {name}.end {name}.one
-         srun --exact -n1 --gpus=1 sh -c 'echo one >{name}.one; cat {name}.end' &
+         srun --exact -n1 --gpus=1 sh -c 'echo one >{name}.one; cat {name}.end' || echo >{name}.one &
          cat {name}.one
          srun --exact -n1 --gpus=2 --container-image=cuda --container-name={name} --container-mounts={home} --container-workdir={home} \
-             sh -c 'echo made $CUDA_VISIBLE_DEVICES $(ls /proc/driver/nvidia/gpus); echo up >{name}.up; cat {name}.end' &
+             sh -c 'echo made $CUDA_VISIBLE_DEVICES $(ls /proc/driver/nvidia/gpus); echo up >{name}.up; cat {name}.end' || echo >{name}.up &
          cat {name}.up
          srun --overlap -n1 {third} --container-name={name}:exec sh -c 'echo joined $CUDA_VISIBLE_DEVICES'
          echo end >{name}.end; echo end >{name}.end; wait",
