@@ -76,6 +76,85 @@ pub fn api_version() -> Option<c_long> {
     function.map(|function| unsafe { function() })
 }
 
+/// Whether this process is one of Slurm's. For the constructor, too.
+pub fn are_there() -> bool {
+    !lookup(c"spank_option_register").is_null()
+}
+
+/// `plugin_version` of another of Slurm's plugins, which is exactly Slurm's own: the first that `is_good`, of those in this
+/// process, or of a few that lie beside Slurm's library and need nothing else. SPANK plugins do not count, which may say what
+/// they like.
+///
+/// For the library's constructor: the loader's lock is ours then, so that nobody else loads or unloads a library.
+pub fn version_of_other_plugins(is_good: fn(u32) -> bool) -> Option<u32> {
+    struct Search {
+        is_good: fn(u32) -> bool,
+        found: Option<u32>,
+    }
+
+    unsafe extern "C" fn look(info: *mut libc::dl_phdr_info, _: usize, search: *mut c_void) -> c_int {
+        // SAFETY: what dl_iterate_phdr(3) passes on, for this call.
+        let (info, search) = unsafe { (&*info, &mut *search.cast::<Search>()) };
+        if !info.dlpi_name.is_null() {
+            // SAFETY: the loader's string.
+            let path = unsafe { CStr::from_ptr(info.dlpi_name) };
+            // Nothing is loaded that is not there.
+            search.found = version_of_plugin(path, libc::RTLD_NOLOAD).filter(|version| (search.is_good)(*version));
+        }
+        c_int::from(search.found.is_some())
+    }
+
+    let mut search = Search { is_good, found: None };
+    // SAFETY: `look` gets what it expects, and only during this call.
+    unsafe { libc::dl_iterate_phdr(Some(look), (&raw mut search).cast()) };
+    search.found.or_else(|| {
+        const PLUGINS: [&str; 4] = ["hash_k12.so", "hash_sha3.so", "proctrack_linuxproc.so", "select_linear.so"];
+        let library = path_of(lookup(c"spank_option_register"))?.to_bytes();
+        let directory = &library[..=library.iter().rposition(|&byte| byte == b'/')?];
+        PLUGINS.iter().find_map(|name| {
+            let mut path = [0; libc::PATH_MAX as usize];
+            for (to, from) in path.iter_mut().zip(directory.iter().chain(name.as_bytes()).chain(b"\0")) {
+                *to = *from;
+            }
+            version_of_plugin(CStr::from_bytes_until_nul(&path).ok()?, 0).filter(|version| is_good(*version))
+        })
+    })
+}
+
+/// `plugin_version` of the plugin in the file `path`, unless it is a SPANK plugin.
+fn version_of_plugin(path: &CStr, flags: c_int) -> Option<u32> {
+    // SAFETY: a string. What is loaded here Slurm itself would load.
+    let library = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_LAZY | libc::RTLD_LOCAL | flags) };
+    if library.is_null() {
+        return None;
+    }
+    // SAFETY: dlsym reads names and the loader's tables.
+    let [kind, version] =
+        [c"plugin_type", c"plugin_version"].map(|name| unsafe { libc::dlsym(library, name.as_ptr()) });
+    let found = !kind.is_null() && !version.is_null();
+    // SAFETY: a string, in Slurm's plugins of every release.
+    let found = found && unsafe { libc::strncmp(kind.cast(), c"spank".as_ptr(), 5) } != 0;
+    // SAFETY: a uint32_t, in Slurm's plugins of every release.
+    let number = found.then(|| unsafe { version.cast::<u32>().read_unaligned() });
+    // SAFETY: the handle is ours.
+    unsafe { libc::dlclose(library) };
+    number
+}
+
+/// The file that holds what is at this address.
+fn path_of(address: *const c_void) -> Option<&'static CStr> {
+    let mut info = std::mem::MaybeUninit::<libc::Dl_info>::zeroed();
+    // SAFETY: dladdr reads the loader's tables and fills `info` in, all of whose fields may be zero.
+    let info = unsafe {
+        if libc::dladdr(address, info.as_mut_ptr()) == 0 {
+            return None;
+        }
+        info.assume_init()
+    };
+    // SAFETY: the name of a library that stays as long as ours, being Slurm's own.
+    (!info.dli_fname.is_null()).then(|| unsafe { CStr::from_ptr(info.dli_fname) })
+}
+
 const fn c_name(name: &'static str) -> &'static CStr {
     match CStr::from_bytes_with_nul(name.as_bytes()) {
         Ok(name) => name,

@@ -84,6 +84,21 @@ fn every_command_offers_every_option() {
     }
 }
 
+/// Slurm's own plugins tell the release where the number of its interface means nothing: commands go on working.
+#[test]
+fn a_release_that_is_unknown_is_served() {
+    let slurm = Slurm::new(&[""]);
+    let library = slurm.directory.path().join("future.so");
+    let source = library.with_extension("c");
+    std::fs::write(&source, "long slurm_api_version(void) { return 99L << 16; }\n").unwrap();
+    let (output, text) = run(Command::new("cc").args(["-shared", "-o"]).arg(&library).arg(&source), "gcc");
+    assert!(output.status.success(), "{text}");
+    for program in ["srun", "sbatch", "salloc"] {
+        let (success, text) = slurm.run(program, &["--help"], &[("LD_PRELOAD", &library.display().to_string())]);
+        assert!(success && text.contains("--container-image") && !text.contains("ncompatible"), "{program}: {text}");
+    }
+}
+
 #[test]
 fn sbatch_support_concerns_all_but_srun() {
     let slurm = Slurm::new(&["sbatch_support=0"]);

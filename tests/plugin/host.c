@@ -6,6 +6,7 @@
  *
  *	set:NAME=VALUE		a variable of the job's environment
  *	load:PATH		dlopen(), as Slurm does it
+ *	other:PATH		dlopen() of another plugin, which stays in the background
  *	version			print plugin_version
  *	item:NUMBER=VALUE	the answer for a spank_item that is a number
  *	init[:ARGUMENT,...]	a hook, with plugstack arguments; likewise the others
@@ -194,6 +195,11 @@ int main(int argc, char **argv)
 		} else if (!strcmp(command, "load")) {
 			library = dlopen(text, RTLD_LAZY);
 			if (!library) {
+				printf("%s\n", dlerror());
+				return 1;
+			}
+		} else if (!strcmp(command, "other")) {
+			if (!dlopen(text, RTLD_LAZY)) {
 				printf("%s\n", dlerror());
 				return 1;
 			}

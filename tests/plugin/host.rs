@@ -15,8 +15,15 @@ const SLURMD: &str = "4";
 /// The commands of a step manager of job 7, step 0, with two tasks; this user's, so that a task can be joined.
 const STEP: [&str; 6] = ["item:0=0", "item:1=0", "item:2=7", "item:3=0", "item:6=2", "item:7=2"];
 
-/// Runs the host and gives its lines.
+/// Has the host load the plugin and run commands; `load` among them loads it again. Gives the host's lines.
 fn host(context: &str, api_version: u32, commands: &[&str]) -> Vec<String> {
+    let load = format!("load:{}", plugin().display());
+    let commands = commands.iter().map(|command| if *command == "load" { load.as_str() } else { command });
+    host_commands(context, api_version, &[load.as_str()].into_iter().chain(commands).collect::<Vec<_>>())
+}
+
+/// Runs the host and gives its lines.
+fn host_commands(context: &str, api_version: u32, commands: &[&str]) -> Vec<String> {
     static HOST: OnceLock<tempfile::TempPath> = OnceLock::new();
     let program = HOST.get_or_init(|| {
         let program = tempfile::NamedTempFile::new().unwrap().into_temp_path();
@@ -28,15 +35,8 @@ fn host(context: &str, api_version: u32, commands: &[&str]) -> Vec<String> {
         assert!(output.status.success(), "{text}");
         program
     });
-    let load = format!("load:{}", plugin().display());
-    let (output, text) = run(
-        Command::new(program)
-            .arg(context)
-            .arg(&load)
-            .args(commands.iter().map(|command| if *command == "load" { load.as_str() } else { command }))
-            .env("API_VERSION", api_version.to_string()),
-        "gcc",
-    );
+    let (output, text) =
+        run(Command::new(program).arg(context).args(commands).env("API_VERSION", api_version.to_string()), "gcc");
     assert!(output.status.success(), "{text}");
     text.lines().map(str::to_owned).collect()
 }
@@ -50,8 +50,53 @@ fn one_file_has_the_version_of_every_release() {
     for (api, version) in [(36, "140b00"), (38, "160500"), (42, "180b00"), (45, "1a0500"), (46, "1a0b00")] {
         assert_eq!(host(LOCAL, api, &["version"]), [format!("pyxis spank {version}")]);
     }
-    let unknown = host(LOCAL, 7, &["version"]);
-    assert!(unknown[0].starts_with("pyxis spank "), "{unknown:?}");
+}
+
+/// It is taken for what Slurm's own plugins in the process say, or for what comes next in the row of releases; slurmd's log
+/// has a line about it.
+#[test]
+fn an_unknown_release_is_guessed() {
+    let directory = tempfile::tempdir().unwrap();
+    let neighbour = |name: &str, kind: &str, version: &str| {
+        let library = directory.path().join(name);
+        let source = library.with_extension("c");
+        let text = format!("const char plugin_type[] = \"{kind}\";\nconst unsigned plugin_version = {version};\n");
+        std::fs::write(&source, text).unwrap();
+        let (output, text) = run(Command::new("cc").args(["-shared", "-o"]).arg(&library).arg(&source), "gcc");
+        assert!(output.status.success(), "{text}");
+        library
+    };
+    let auth = neighbour("auth_future.so", "auth/future", "0x1b0601");
+    let spank = neighbour("other.so", "spank", "0x210600");
+    let says = |api: u32, libraries: &[&Path]| {
+        let loads: Vec<String> = libraries.iter().map(|library| format!("other:{}", library.display())).collect();
+        let load = format!("load:{}", plugin().display());
+        let mut commands: Vec<&str> = loads.iter().map(String::as_str).collect();
+        commands.extend([load.as_str(), "version", "init"]);
+        host_commands(SLURMD, api, &commands)
+    };
+    for (api, libraries, version, release) in [
+        (47, &[&*spank][..], "1b0500", "27.05, reckoned from two releases a year"),
+        (47, &[&*spank, &*auth], "1b0601", "27.06, which its other plugins say"),
+        (7, &[&*auth], "1b0601", "27.06, which its other plugins say"),
+        (7, &[], "160500", "22.05, for want of anything better"),
+    ] {
+        let lines = says(api, libraries);
+        if api != 7 || !libraries.is_empty() {
+            assert_eq!(lines[0], format!("pyxis spank {version}"), "{lines:?}");
+            assert!(
+                lines.iter().any(|line| line.starts_with("info pyxis: this Slurm") && line.contains(release)),
+                "{lines:?}"
+            );
+        } else {
+            // The headers' own.
+            assert!(lines.iter().any(|line| line.contains("for want of anything better")), "{lines:?}");
+        }
+        assert_eq!(lines.last().map(String::as_str), Some("init 0"), "{lines:?}");
+    }
+    // What is in the table needs neither.
+    let lines = says(45, &[&auth]);
+    assert!(lines[0] == "pyxis spank 1a0500" && !lines.iter().any(|line| line.contains("this Slurm")), "{lines:?}");
 }
 
 #[test]
