@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
 use anyhow::{Result, ensure};
 use testbed::{Output, process, wait};
@@ -256,9 +257,26 @@ fn without_a_command_line(world: &mut World) -> Result<()> {
 
 /// Which knows no options of plugins: the job's environment asks for the container.
 fn through_slurmrestd(world: &mut World) -> Result<()> {
+    // From 23.02 on the interface is the same in several releases, and a name of it is said on its own.
+    let mut list = Command::new("/usr/sbin/slurmrestd");
+    list.args(["-d", "list"]).env("SLURM_CONF", world.bed.cluster.config());
+    let known = process::run(&mut list, wait::DEADLINE)?;
+    let is_new = format!("{}{}", known.stdout, known.stderr).contains("v0.0.42");
+    let (version, plugins) = match is_new {
+        true => ("v0.0.42", "-s openapi/slurmctld -d v0.0.42"),
+        false => ("v0.0.38", "-s openapi/v0.0.38"),
+    };
     for variable in ["_SLURM_SPANK_OPTION_pyxis_container_image", "PYXIS_CONTAINER_IMAGE"] {
         let work = world.make_directory(0, "work/slurmrestd")?;
         let log = work.join("log");
+        let variables =
+            [("PATH", "/usr/bin:/bin"), (variable, "alpine"), ("_SLURM_SPANK_OPTION_pyxis_container_workdir", "/etc")];
+        let environment = match is_new {
+            true => serde_json::json!(variables.map(|(name, value)| format!("{name}={value}"))),
+            false => serde_json::Value::Object(
+                variables.map(|(name, value)| (name.to_owned(), value.into())).into_iter().collect(),
+            ),
+        };
         let job = serde_json::json!({
             "script": format!("#!/bin/sh\n{ID}; pwd; echo done\n"),
             "job": {
@@ -267,20 +285,18 @@ fn through_slurmrestd(world: &mut World) -> Result<()> {
                 "current_working_directory": &work,
                 "standard_output": &log,
                 "standard_error": &log,
-                "environment": {
-                    "PATH": "/usr/bin:/bin", variable: "alpine", "_SLURM_SPANK_OPTION_pyxis_container_workdir": "/etc",
-                },
+                "environment": environment,
             },
         })
         .to_string();
         let request = format!(
-            "POST /slurm/v0.0.38/job/submit HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n\
+            "POST /slurm/{version}/job/submit HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n\
              Accept: application/json\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{job}",
             job.len()
         );
         fs::write(work.join("request"), request)?;
         // A connection on its standard input and output has to be the user's own, as these pipes are.
-        let pipeline = "cat \"$0\" | /usr/sbin/slurmrestd -a rest_auth/local -s openapi/v0.0.38 | cat";
+        let pipeline = format!("cat \"$0\" | /usr/sbin/slurmrestd -a rest_auth/local {plugins} | cat");
         let arguments = [PathBuf::from("-c"), PathBuf::from(pipeline), work.join("request")];
         let answer = process::run(&mut world.bed.cluster.command(0, "sh", arguments), wait::DEADLINE)?;
         // Headers may follow.

@@ -58,7 +58,11 @@ const POD_INIT: &str = r#"
             mount -o remount,bind,ro "$root/proc/$path"
         done
     fi
-    for directory in /home "$site"; do mount --bind "$directory" "$root$directory"; done
+    # The overlay shows nothing of what is mounted on the machine's own root file system.
+    for directory in /home "$site"; do
+        mkdir -p "$root$directory"
+        mount --bind "$directory" "$root$directory"
+    done
     mkdir -p "$root/etc/slurm"
     mount --bind "$site/etc" "$root/etc/slurm"
     mount -o remount,bind,ro "$root/etc/slurm"

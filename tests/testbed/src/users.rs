@@ -29,7 +29,7 @@ impl TestUser {
     /// The user `pyxis-test-NUMBER`, who is created if he does not exist.
     pub fn get(number: usize) -> Result<Self> {
         let name = format!("pyxis-test-{number}");
-        let user = ensure(&name, &["--create-home", "--shell", "/bin/bash"])?;
+        let user = ensure(&name, &["--create-home", "--key", "HOME_MODE=0755", "--shell", "/bin/bash"])?;
         Ok(Self { name, uid: user.uid.as_raw(), gid: user.gid.as_raw(), home: user.dir })
     }
 
