@@ -261,11 +261,12 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     }
     let entrypoint = entrypoint::plan(start, image_or_rc, &site.conf, RootDir::new(root.as_fd()));
 
+    // Inside the cgroup namespace the task's cgroup would be the root, and the step's out of sight.
+    cgroups::show_own_subtree(start.leader, request.step.is_some());
     if let Some(namespace) = proceed.cgroup_namespace {
         rustix::thread::move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::ControlGroup))
             .map_err(step("cgroup namespace"))?;
     }
-    cgroups::show_own_subtree(start.leader, request.step.is_some());
     if !site.choices.writable {
         let attributes = Attributes { set: libc::MOUNT_ATTR_RDONLY, ..Attributes::default() };
         set_attributes(root.as_fd(), &attributes).map_err(step("make the root filesystem read-only"))?;

@@ -32,11 +32,13 @@ pub struct ClusterOptions {
     pub pods: Vec<Pod>,
     /// Lines at the end of `slurm.conf`.
     pub extra: String,
+    /// Files beside it: their names and contents.
+    pub files: Vec<(&'static str, String)>,
 }
 
 impl Default for ClusterOptions {
     fn default() -> Self {
-        Self { nodes: 2, cpus: 16, gpus: 0, pods: Vec::new(), extra: String::new() }
+        Self { nodes: 2, cpus: 16, gpus: 0, pods: Vec::new(), extra: String::new(), files: Vec::new() }
     }
 }
 
@@ -63,6 +65,9 @@ impl Cluster {
         let base_config = slurm_conf(site, options, &ports)?;
         if options.gpus > 0 {
             site.write("etc/gres.conf", gres_conf(site, options.gpus)?)?;
+        }
+        for (name, text) in &options.files {
+            site.write(&format!("etc/{name}"), text)?;
         }
         let config = site.write("etc/slurm.conf", &base_config)?;
         let controller = site.daemon(
