@@ -19,6 +19,7 @@ use crate::registry::containers::Registries;
 use crate::registry::names::ShortNames;
 use crate::registry::proxy::ProxyConfig;
 use crate::request::PullPolicy;
+use crate::rootfs::kernel::Feature;
 use crate::store::Watermarks;
 
 /// Where the file is unless the plugin's `config=` says otherwise.
@@ -60,6 +61,16 @@ pub struct Config {
     pub proxy: ProxyConfig,
     /// Which images may be used, and by whom.
     pub policy: Policy,
+    /// For tests of Pyxis itself.
+    pub debug: DebugSettings,
+}
+
+/// `[debug]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DebugSettings {
+    /// `without`: what the kernel may have and is not used.
+    pub without: Vec<Feature>,
 }
 
 /// `[registries]`.

@@ -13,6 +13,7 @@ pub mod import;
 mod inventory;
 mod lower;
 mod named;
+mod owned;
 mod relay;
 mod squashfs;
 mod trace;
@@ -43,6 +44,7 @@ use crate::init::{self, Start};
 use crate::metrics::Metrics;
 use crate::namespaces;
 use crate::request::{Environment, NameMode, PROTOCOL_VERSION, StepRequest};
+use crate::rootfs::kernel::{Feature, Kernel};
 use crate::rootfs::layers::LayerMounts;
 use crate::rootfs::overlay::{self, Upper};
 use crate::sys::channel::{self, Channel};
@@ -134,7 +136,7 @@ fn start(
     // Through /proc only its owner and root get at it: whoever joins this container later looks whether the step is over.
     let _ = rustix::fs::fchmod(&life, Mode::from_raw_mode(0o444));
     let runtime = &config.runtime.path;
-    let mounts = LayerMounts::open(runtime).map_err(failed("layers"))?;
+    let mounts = LayerMounts::open(runtime).map_err(failed("layers"))?.without(&config.debug.without);
     for directory in [overlay::attach_point(runtime), Workspace::mount_point(runtime)] {
         make_directory(&directory).map_err(failed("runtime directory"))?;
     }
@@ -254,8 +256,16 @@ impl Step<'_> {
 
     /// Starts a container of its own.
     fn build(&mut self, image: Image, root: Root) -> Result<(), BrokerError> {
+        let kernel = self.kernel();
+        let copies = match kernel.idmapped_layers {
+            true => None,
+            false => Some(self.of_the_user(&image.layers)?),
+        };
         // Init gets ready while the broker mounts.
-        let idmap = namespaces::idmap(&self.request.user).map_err(failed("idmapped mounts"))?;
+        let idmap = match kernel.idmapped_layers {
+            true => Some(namespaces::idmap(&self.request.user).map_err(failed("idmapped mounts"))?),
+            false => None,
+        };
         let (init_channel, init_end) = channel::pair::<ToInit, FromInit>().map_err(failed("container init"))?;
         let broker = rustix::process::getpid();
         // SAFETY: the broker has one thread.
@@ -263,7 +273,8 @@ impl Step<'_> {
             Forked::Child => {
                 let start =
                     self.start_of_init(broker, (&image.config, image.digest), matches!(root, Root::Shared { .. }));
-                init::run(&start, init_end, &self.life, image.layers)
+                let leases = image.layers.into_iter().chain(copies.into_iter().flatten()).collect();
+                init::run(&start, init_end, &self.life, leases)
             }
             Forked::Parent(init) => init,
         };
@@ -276,7 +287,7 @@ impl Step<'_> {
             Root::Shared { .. } | Root::Tree(_) => None,
         };
         let (lower, server) = match &image.squashfs {
-            None => (overlay::Lower::Layers(&image.layers), None),
+            None => (overlay::Lower::Layers(copies.as_deref().unwrap_or(&image.layers)), None),
             Some(Squashfs::Mount(mount)) => (overlay::Lower::Mount(mount), None),
             Some(Squashfs::Fuse(server)) => (overlay::Lower::Layers(&[]), Some(server)),
         };
@@ -292,7 +303,7 @@ impl Step<'_> {
         }
         let mounted = match upper {
             Some(upper) => Some(
-                overlay::mount(&self.mounts, lower, &idmap, &self.request.user, upper)
+                overlay::mount(&self.mounts, lower, idmap.as_ref(), &self.request.user, upper)
                     .map_err(|error| BrokerError::Start(error.to_string()))?,
             ),
             None => None,
@@ -315,6 +326,12 @@ impl Step<'_> {
         }
         drop(new);
         self.report(init, ready, registered)
+    }
+
+    fn kernel(&self) -> Kernel {
+        let known = Kernel::of_node(&self.config.store.path, &self.config.runtime.path);
+        let wanted = !self.config.debug.without.contains(&Feature::IdmappedLayers);
+        Kernel { idmapped_layers: known.idmapped_layers && wanted }
     }
 
     fn start_of_init<'a>(

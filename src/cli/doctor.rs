@@ -180,7 +180,13 @@ fn store(config: &Config) -> Check {
 fn root_filesystem(config: &Config) -> Check {
     let name = "root filesystem";
     match probe::container_root(&config.store.path, &config.runtime.path) {
-        Ok(()) => Check::ok(name, "an image can be mounted, idmapped and overlaid"),
+        Ok(kernel) if kernel.idmapped_layers => Check::ok(name, "an image can be mounted, idmapped and overlaid"),
+        Ok(_) => Check::bad(
+            name,
+            Status::Warning,
+            "overlayfs takes no idmapped layers: each user has copies of the layers that he uses",
+            "Linux 5.19 or newer needs none",
+        ),
         Err(error) => Check::bad(name, Status::Failed, error, "containers do not start"),
     }
 }

@@ -23,6 +23,7 @@ mod chunks;
 mod directory;
 mod format;
 mod output;
+pub mod owner;
 mod plan;
 mod writer;
 mod xattr;

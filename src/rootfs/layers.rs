@@ -25,6 +25,7 @@ use rustix::mount::{MountAttrFlags, MountFlags, MountPropagationFlags, UnmountFl
 use rustix::process::WaitOptions;
 use rustix::thread::{CpuSet, LinkNameSpaceType, UnshareFlags};
 
+use super::kernel::Feature;
 use crate::image::digest::Digest;
 use crate::store::{LeasedLayer, PinnedMounts};
 use crate::sys;
@@ -72,6 +73,8 @@ pub struct LayerMounts {
     runtime: PathBuf,
     /// None where the kernel does not let it be pinned: every container mounts its layers for itself then.
     namespace: Option<OwnedFd>,
+    /// Whether the kernel may read layers from their files.
+    from_files: bool,
 }
 
 impl LayerMounts {
@@ -90,7 +93,16 @@ impl LayerMounts {
                 namespace = open_namespace(&path).map_err(failed("open"))?;
             }
         }
-        Ok(Self { runtime: runtime.to_owned(), namespace })
+        Ok(Self { runtime: runtime.to_owned(), namespace, from_files: true })
+    }
+
+    /// The same, as if the kernel had not these features.
+    pub fn without(mut self, features: &[Feature]) -> Self {
+        if features.contains(&Feature::SharedLayers) {
+            self.namespace = None;
+        }
+        self.from_files = !features.contains(&Feature::LayersFromFiles);
+        self
     }
 
     /// Whether containers share their layers' page cache.
@@ -102,7 +114,7 @@ impl LayerMounts {
     /// Mounts those of `layers`, each named once, that are not mounted yet.
     pub fn enter(&self, layers: &[&LeasedLayer]) -> Result<(), LayerMountError> {
         let Some(namespace) = &self.namespace else {
-            let mounts = mount_layers(layers)?;
+            let mounts = self.mount_layers(layers)?;
             become_empty_namespace(&self.runtime).map_err(|source| self.failed("make", source))?;
             return attach_layers(&mounts);
         };
@@ -120,9 +132,17 @@ impl LayerMounts {
         enter()?;
         let missing = missing();
         leave()?;
-        let mounts = mount_layers(&missing)?;
+        let mounts = self.mount_layers(&missing)?;
         enter()?;
         attach_layers(&mounts)
+    }
+
+    fn mount_layers<'a>(&self, layers: &[&'a LeasedLayer]) -> Result<Vec<(&'a LeasedLayer, OwnedFd)>, LayerMountError> {
+        let mount = |layer: &&'a LeasedLayer| match mount_layer(layer.file.as_fd(), self.from_files) {
+            Ok(mount) => Ok((*layer, mount)),
+            Err(source) => Err(LayerMountError::Layer { layer: layer.diff_id, source }),
+        };
+        layers.iter().map(mount).collect()
     }
 
     fn move_to(&self, namespace: BorrowedFd<'_>, action: &'static str) -> Result<(), LayerMountError> {
@@ -187,14 +207,6 @@ fn unmount(layer: &Digest) -> Result<(), Errno> {
     Ok(())
 }
 
-fn mount_layers<'a>(layers: &[&'a LeasedLayer]) -> Result<Vec<(&'a LeasedLayer, OwnedFd)>, LayerMountError> {
-    let mount = |layer: &&'a LeasedLayer| match mount_layer(layer.file.as_fd()) {
-        Ok(mount) => Ok((*layer, mount)),
-        Err(source) => Err(LayerMountError::Layer { layer: layer.diff_id, source }),
-    };
-    layers.iter().map(mount).collect()
-}
-
 fn mount_over_loop(file: BorrowedFd<'_>) -> Result<OwnedFd, MountError> {
     // The device would hold the lease: a description of its own.
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
@@ -210,7 +222,10 @@ fn attach_layers(mounts: &[(&LeasedLayer, OwnedFd)]) -> Result<(), LayerMountErr
 }
 
 /// A detached mount of the layer image in `file`.
-fn mount_layer(file: BorrowedFd<'_>) -> Result<OwnedFd, MountError> {
+fn mount_layer(file: BorrowedFd<'_>, from_file: bool) -> Result<OwnedFd, MountError> {
+    if !from_file {
+        return mount_over_loop(file);
+    }
     match mount_file(file) {
         // The file's file system cannot be read by EROFS itself (tmpfs never, any before Linux 6.12).
         Err(error) if error.errno() == Some(Errno::NOTBLK) => mount_over_loop(file),

@@ -3,6 +3,7 @@
 pub mod adapt;
 pub mod cgroups;
 pub mod identity;
+pub mod kernel;
 pub mod layers;
 pub mod overlay;
 pub mod probe;

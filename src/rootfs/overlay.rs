@@ -60,12 +60,13 @@ pub enum Lower<'a> {
 
 /// Makes the root filesystem of a container of `user`'s and returns it as a detached mount.
 ///
-/// `idmap` is a user namespace that maps 0 to the user: so the root-owned files of the layers become his. The calling,
+/// `idmap` is a user namespace that maps 0 to the user: so the root-owned files of the layers become his; without one they
+/// are his already. The calling,
 /// single-threaded process is in another mount namespace afterwards and must not use host paths any more.
 pub fn mount(
     mounts: &LayerMounts,
     lower: Lower<'_>,
-    idmap: &OwnedFd,
+    idmap: Option<&OwnedFd>,
     user: &User,
     upper: Upper<'_>,
 ) -> Result<OwnedFd, OverlayError> {
@@ -116,7 +117,9 @@ pub fn mount(
     };
     for (index, layer) in layers.iter().enumerate() {
         let clone = clone_tree(CWD.as_fd(), &mount_point(layer), false).map_err(step("open_tree"))?;
-        show_as(&clone, idmap)?;
+        if let Some(idmap) = idmap {
+            show_as(&clone, idmap)?;
+        }
         attach_lower(index, &clone)?;
     }
     let mut count = layers.len();

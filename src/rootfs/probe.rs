@@ -11,8 +11,10 @@ use rustix::mount::{MountFlags, MountPropagationFlags};
 use rustix::process::WaitOptions;
 use rustix::thread::UnshareFlags;
 
+use super::kernel::Kernel;
 use super::layers::LayerMounts;
 use super::overlay::{self, Upper};
+use crate::erofs::owner;
 use crate::image::digest::Digest;
 use crate::import::{LayerLimits, write_layer};
 use crate::namespaces;
@@ -29,8 +31,12 @@ const NOBODY: User = User { uid: 65534, gid: 65534, groups: Vec::new() };
 /// Mounts an empty image from a file in `store` as a container's root, in a directory below `runtime`.
 ///
 /// The error is a line that names the step which failed. Single-threaded callers only.
-pub fn container_root(store: &Path, runtime: &Path) -> Result<(), String> {
-    in_child(|| try_root(store, runtime))
+pub fn container_root(store: &Path, runtime: &Path) -> Result<Kernel, String> {
+    let works = |idmapped| in_child(|| try_root(store, runtime, idmapped));
+    match works(true) {
+        Ok(()) => Ok(Kernel { idmapped_layers: true }),
+        Err(error) => works(false).map(|()| Kernel { idmapped_layers: false }).map_err(|_| error),
+    }
 }
 
 /// Tries whether `directory`, in which nothing else is touched, can hold overlayfs's upper layers.
@@ -91,7 +97,7 @@ fn private_mounts() -> Result<(), String> {
         .map_err(step("mount propagation"))
 }
 
-fn try_root(store: &Path, runtime: &Path) -> Result<(), String> {
+fn try_root(store: &Path, runtime: &Path, idmapped: bool) -> Result<(), String> {
     let step = |what: &'static str| move |error: io::Error| format!("{what}: {}", sys::reason(error));
     private_mounts()?;
     // Hides the real one, whose layers this must not touch.
@@ -101,10 +107,16 @@ fn try_root(store: &Path, runtime: &Path) -> Result<(), String> {
     let file = tempfile_in(store).map_err(step("file in the store"))?;
     let limits = LayerLimits { max_bytes: 1 << 20, max_entries: 1 };
     write_layer(&EMPTY_TAR[..], &file, &limits).map_err(|error| error.to_string())?;
-    let idmap = namespaces::idmap(&NOBODY).map_err(step("user namespace"))?;
+    let (file, idmap) = if idmapped {
+        (file, Some(namespaces::idmap(&NOBODY).map_err(step("user namespace"))?))
+    } else {
+        let copy = tempfile_in(store).map_err(step("file in the store"))?;
+        owner::give(&file, &copy, NOBODY.uid, NOBODY.gid, 1).map_err(|error| error.to_string())?;
+        (copy, None)
+    };
     let layer = LeasedLayer { diff_id: Digest::from_bytes([0; 32]), file };
     let mounts = LayerMounts::open(runtime).map_err(|error| error.to_string())?;
-    let root = overlay::mount(&mounts, overlay::Lower::Layers(&[layer]), &idmap, &NOBODY, Upper::Scratch(None))
+    let root = overlay::mount(&mounts, overlay::Lower::Layers(&[layer]), idmap.as_ref(), &NOBODY, Upper::Scratch(None))
         .map_err(|error| error.to_string())?;
     let owner = rustix::fs::statat(root.as_fd(), "", rustix::fs::AtFlags::EMPTY_PATH)
         .map_err(|errno| step("root directory")(errno.into()))?;

@@ -2,6 +2,7 @@
 //! built by mkfs.erofs, so that what is judged here is the mount path, container init and the join alone.
 
 mod enroot;
+mod fallbacks;
 mod log;
 mod metrics;
 mod rc;
@@ -218,12 +219,7 @@ fn a_layer_that_was_imported_anew_is_mounted_anew() {
 fn layers_that_erofs_cannot_read_directly_are_mounted_over_loop_devices() {
     let node = Node::with_store_on_tmpfs();
     let running = node.start("read x");
-    let loops = || {
-        let devices = std::fs::read_dir("/sys/block").unwrap().flatten();
-        let backing =
-            devices.filter_map(|device| std::fs::read_to_string(device.path().join("loop/backing_file")).ok());
-        backing.filter(|file| file.contains(&node.store_files())).count()
-    };
+    let loops = || node.layers_on_loop_devices();
     assert_eq!(loops(), 2);
     assert_eq!(stdout(node.run(&["--container-writable"], "cat /layered; rm /layered && echo gone")), "upper\ngone");
     assert_eq!(loops(), 2, "a second container shares the mounts");

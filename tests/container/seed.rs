@@ -20,6 +20,9 @@ pub const IMAGE: &str = "seed.test/image:1";
 const CONFIG: &str = r#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]},
     "config":{"Env":["PATH=/bin","FROM_IMAGE=image","BOTH=image"],"WorkingDir":"/work","Entrypoint":["busybox","env","FROM_ENTRYPOINT=yes"],"Volumes":{"/volume":{}}}}"#;
 
+/// The variable that says what containers of all nodes have to do without ([`crate::fallbacks`]).
+pub const WITHOUT: &str = "PYXIS_TEST_WITHOUT";
+
 pub struct Node {
     directory: TempDir,
 }
@@ -49,12 +52,15 @@ impl Node {
         let node = Self { directory };
         fs::create_dir(node.host_directory()).unwrap();
         fs::create_dir(node.path("run")).unwrap();
-        let config = format!(
+        let mut config = format!(
             "[network]\nconnect_timeout = 1\n[store]\npath = {:?}\n[runtime]\npath = {:?}\n[enroot]\nsysconf_path = {:?}\n",
             node.path("store"),
             node.path("run"),
             node.path("etc"),
         );
+        if let Ok(feature) = std::env::var(WITHOUT) {
+            config += &format!("[debug]\nwithout = [{feature:?}]\n");
+        }
         node.write_config(&config);
         prepare(&node.path("store"));
         node.fill();
@@ -93,9 +99,23 @@ impl Node {
         fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
     }
 
-    /// What the names of the layers' files have in common.
-    pub fn store_files(&self) -> String {
-        "/layers/sha256/".to_owned()
+    /// Where the layers' files are.
+    pub fn layer_files(&self) -> PathBuf {
+        self.path("store/layers/sha256")
+    }
+
+    /// A file below the runtime directory.
+    pub fn runtime_file(&self, name: &str) -> PathBuf {
+        self.path("run").join(name)
+    }
+
+    /// How many loop devices have files of this node's store.
+    pub fn layers_on_loop_devices(&self) -> usize {
+        let store = self.path("store");
+        let devices = fs::read_dir("/sys/block").unwrap().flatten();
+        let backing = devices.filter_map(|device| fs::read_to_string(device.path().join("loop/backing_file")).ok());
+        // What was linked later has no name there, but a place.
+        backing.filter(|file| Path::new(file.trim_end()).starts_with(&store)).count()
     }
 
     /// Gives every layer in the store a new file with the same content.

@@ -13,6 +13,7 @@ mod enroot_world;
 mod entrypoint;
 mod environment;
 mod failures;
+mod fallbacks;
 mod identity;
 mod images;
 mod importer;
@@ -98,6 +99,7 @@ fn main() -> ExitCode {
         ("injected", injected::CASES),
         ("entrypoint", entrypoint::CASES),
         ("save", save::CASES),
+        ("fallbacks", fallbacks::CASES),
         ("pods", pods::CASES),
         ("lifecycle", lifecycle::CASES),
     ];
