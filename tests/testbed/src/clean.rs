@@ -25,8 +25,8 @@ pub fn check(cluster: &mut Cluster) -> Result<()> {
 
 /// What stays on a node from one step to the next, below the run directory: the namespace with the layers' mounts, its
 /// lock, the empty directories on which containers see their root and hooks their files, which containers run or did lately,
-/// and counters.
-const PERMANENT: [&str; 6] = ["mounts", "lock", "root", "hooks", "running", "metrics"];
+/// counters, and what the kernel can do.
+const PERMANENT: [&str; 7] = ["mounts", "lock", "root", "hooks", "running", "metrics", "kernel"];
 
 fn leftovers(node: &Node) -> Vec<String> {
     let processes = node.processes().into_iter().map(|process| format!("process {process:?}"));
