@@ -13,7 +13,6 @@ mod enroot_world;
 mod entrypoint;
 mod environment;
 mod failures;
-mod fallbacks;
 mod identity;
 mod images;
 mod importer;
@@ -99,7 +98,6 @@ fn main() -> ExitCode {
         ("injected", injected::CASES),
         ("entrypoint", entrypoint::CASES),
         ("save", save::CASES),
-        ("fallbacks", fallbacks::CASES),
         ("pods", pods::CASES),
         ("lifecycle", lifecycle::CASES),
     ];
