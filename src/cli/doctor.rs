@@ -33,7 +33,7 @@ use crate::store::Store;
 pub struct DoctorArgs {
     /// Report as JSON
     #[arg(long)]
-    json: bool,
+    pub json: bool,
     /// Whether this node can run containers, for health checkers: quick, and asks no registry
     #[arg(long, conflicts_with = "image")]
     node: bool,

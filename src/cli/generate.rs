@@ -25,6 +25,11 @@ pub struct GenerateArgs {
     configuration: bool,
 }
 
+/// What all commands say in JSON that cannot do what they were asked for.
+const JSON_ERROR: &str = "\
+Where the command fails before it has a result: one object:
+  error  the line that it says on standard error as well";
+
 /// What commands say in JSON. Fields are added, and none is removed or changes its meaning.
 const JSON: &[(&str, &str)] = &[
     ("devices", devices::JSON),
@@ -72,7 +77,7 @@ fn write_page(command: &Command, directory: &Path, title: &str) -> io::Result<()
     Man::new(page).title(title.to_uppercase()).section("1").source("Pyxis").manual("Pyxis").render(&mut text)?;
     if let Some((_, schema)) = JSON.iter().find(|(command, _)| *command == name) {
         text.extend(b".SH \"JSON OUTPUT\"\n");
-        for line in schema.trim_end().lines() {
+        for line in [schema, "", JSON_ERROR].iter().flat_map(|text| text.split('\n')) {
             let line = line.replace('\\', "\\\\").replace('-', "\\-");
             match line.as_str() {
                 "" => text.extend(b".PP\n"),
@@ -140,6 +145,7 @@ mod tests {
             }
             let has_json = command.get_arguments().any(|argument| argument.get_long() == Some("json"));
             assert_eq!(has_json, page.contains("JSON OUTPUT"), "{name}");
+            assert_eq!(has_json, page.contains("\\&  error  the line"), "{name}: {page}");
         }
         assert!(!directory.path().join("pyxis-generate.1").exists());
     }

@@ -29,7 +29,9 @@ use crate::sys::channel::{self, Channel};
 
 /// Show what an image is made of.
 ///
-/// Asks the registry with the credentials of who types the command, and reads images in files and container engines. Nothing is downloaded but manifest and config.
+/// Asks the registry with the credentials of who types the command, and reads images in files and container engines. Nothing
+/// is downloaded but manifest and config. What a container's root filesystem would be mounted from, under a layer of its own,
+/// is listed topmost first.
 #[derive(Debug, Clone, clap::Args)]
 pub struct InspectArgs {
     /// Architecture of the image, if not that of this machine
@@ -37,7 +39,7 @@ pub struct InspectArgs {
     arch: Option<String>,
     /// Report as JSON
     #[arg(long)]
-    json: bool,
+    pub json: bool,
     /// As for --container-image: [USER@][REGISTRY#]IMAGE[:TAG], a path, dockerd://IMAGE
     #[arg(value_name = "IMAGE")]
     image: String,
@@ -167,7 +169,7 @@ fn of_registry(
     platform: &Platform,
     context: &Context,
 ) -> Result<Inspection, String> {
-    let found = context.resolve_by(asking, reference, platform).map_err(|error| error.to_string())?;
+    let (reference, found) = context.resolve_by(asking, reference, platform).map_err(|error| error.to_string())?;
     let layers = std::iter::zip(&found.manifest.layers, &found.config.diff_ids)
         .map(|(layer, diff_id)| LayerDescriptor { blob: layer.digest, diff_id: *diff_id, size: layer.size });
     Ok(Inspection {
@@ -277,6 +279,7 @@ impl Inspection {
             };
             lines.push(("layer", format!("{} {}{stored}", layer.diff_id, size(layer.bytes))));
         }
+        lines.extend(self.root.iter().map(|diff_id| ("mounted", diff_id.to_string())));
         if let Some(config) = &self.config {
             let words = |words: &[String]| serde_json::to_string(words).unwrap_or_default();
             let one = [

@@ -33,7 +33,7 @@ pub struct LoginArgs {
     password_stdin: bool,
     /// Report as JSON
     #[arg(long)]
-    json: bool,
+    pub json: bool,
     /// HOST[:PORT]
     #[arg(value_name = "REGISTRY", default_value = "docker.io")]
     registry: String,
@@ -44,7 +44,7 @@ pub struct LoginArgs {
 pub struct LogoutArgs {
     /// Report as JSON
     #[arg(long)]
-    json: bool,
+    pub json: bool,
     /// HOST[:PORT]
     #[arg(value_name = "REGISTRY", default_value = "docker.io")]
     registry: String,
@@ -149,7 +149,13 @@ pub fn logout(args: &LogoutArgs, config: &Path) -> Result<ExitCode, Error> {
     }
     let shown = name(&registry);
     if args.json {
-        println!("{}", json!({ "registry": shown, "removed": removed, "kept_in": kept_in }));
+        #[derive(Serialize)]
+        struct Report<'a> {
+            registry: &'a str,
+            removed: bool,
+            kept_in: &'a str,
+        }
+        println!("{}", serde_json::to_string(&Report { registry: &shown, removed, kept_in: &kept_in })?);
     } else if removed {
         println!("Removed the password for {shown} from {kept_in}");
     } else {

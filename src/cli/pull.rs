@@ -45,7 +45,7 @@ pub struct PullArgs {
     parallel: u8,
     /// Report as JSON
     #[arg(long)]
-    json: bool,
+    pub json: bool,
     /// [USER@][REGISTRY#]IMAGE[:TAG]
     #[arg(required = true, value_name = "IMAGE")]
     images: Vec<String>,

@@ -28,6 +28,8 @@ use crate::image::manifest::{self, Descriptor, MAX_MANIFEST_BYTES};
 const MAX_ERROR_BYTES: u64 = 64 * 1024;
 /// How often to ask for what arrives damaged.
 const DAMAGED_ATTEMPTS: u32 = 3;
+/// The header with a manifest's digest (distribution specification, "Pulling manifests").
+const DOCKER_CONTENT_DIGEST: &str = "docker-content-digest";
 /// How long a body that is no blob may take.
 const BODY_TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -103,6 +105,18 @@ impl Client {
         };
         let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).map(str::to_owned);
         Ok(ManifestBytes { bytes, content_type, digest })
+    }
+
+    /// What a tag means now. Only its digest is asked for, which registries do not count as a pull; it is the registry's word.
+    pub fn digest_of(&self, tag: &str) -> Result<Digest, RegistryError> {
+        let mut ask = self.ask(Method::HEAD, &format!("manifests/{tag}"), format!("manifest {tag}"))?;
+        ask.headers.insert(ACCEPT, HeaderValue::from_static(manifest::ACCEPT));
+        let answer = self.send(&ask, &mut self.backoff())?;
+        let named = answer.response.headers().get(DOCKER_CONTENT_DIGEST).and_then(|value| value.to_str().ok());
+        match named.and_then(|text| text.parse().ok()) {
+            Some(digest) => Ok(digest),
+            None => self.manifest(tag).map(|manifest| manifest.digest),
+        }
     }
 
     /// A blob of at most `limit` bytes, checked against its descriptor.

@@ -120,11 +120,20 @@ pub struct NetworkConfig {
     pub attempts: u32,
     /// Most connections for one blob, where the registry is slower on each than this machine; 1 is one.
     pub blob_connections: u32,
+    /// Seconds that `srun` may wait to learn what a tag means, for all nodes of a step; 0: it does not ask.
+    pub submit_timeout: u32,
 }
 
 impl Default for NetworkConfig {
     fn default() -> Self {
-        Self { connect_timeout: 10, stall_timeout: 30, min_rate: 1024, attempts: 5, blob_connections: 4 }
+        Self {
+            connect_timeout: 10,
+            stall_timeout: 30,
+            min_rate: 1024,
+            attempts: 5,
+            blob_connections: 4,
+            submit_timeout: 2,
+        }
     }
 }
 

@@ -44,6 +44,27 @@ pub fn resolve(
     keyring: &SharedKeyring,
     platform: &Platform,
 ) -> Result<Resolved, RegistryError> {
+    first(reference, registries, keyring, |client| resolve_at(client, reference, platform))
+}
+
+/// What a tag means now: the digest of its index, or of its manifest.
+pub fn digest(
+    reference: &ImageReference,
+    registries: &RegistryConfig,
+    keyring: &SharedKeyring,
+) -> Result<Digest, RegistryError> {
+    first(reference, registries, keyring, |client| {
+        client.digest_of(&reference.tag_or_digest).map_err(|error| explained(error, &client, reference))
+    })
+}
+
+/// What `ask` gets from the first of the mirrors that answers, else from the registry.
+fn first<T>(
+    reference: &ImageReference,
+    registries: &RegistryConfig,
+    keyring: &SharedKeyring,
+    ask: impl Fn(Client) -> Result<T, RegistryError>,
+) -> Result<T, RegistryError> {
     reference.check()?;
     if let Some(blocked) = registries.blocked(reference) {
         return Err(RegistryError::Blocked { image: reference.to_string(), blocked });
@@ -55,12 +76,12 @@ pub fn resolve(
     for mirror in registries.mirrors(reference) {
         let attempts = registries.network.attempts.min(MIRROR_ATTEMPTS);
         let origin = mirror.origin();
-        match resolve_at(client(mirror, NetworkConfig { attempts, ..registries.network }), reference, platform) {
-            Ok(resolved) => return Ok(resolved),
+        match ask(client(mirror, NetworkConfig { attempts, ..registries.network })) {
+            Ok(answer) => return Ok(answer),
             Err(error) => failed.push(format!("mirror {origin}: {error}")),
         }
     }
-    match resolve_at(client(registries.upstream(reference), registries.network), reference, platform) {
+    match ask(client(registries.upstream(reference), registries.network)) {
         Err(error) if !failed.is_empty() => {
             Err(RegistryError::Mirrors { source: Box::new(error), mirrors: failed.join("; ") })
         }
@@ -71,17 +92,7 @@ pub fn resolve(
 fn resolve_at(client: Client, reference: &ImageReference, platform: &Platform) -> Result<Resolved, RegistryError> {
     let image = reference.to_string();
     tracing::info!(target: PROGRESS, "Querying registry for permission grant");
-    let hint = || reference.not_found_hint().map(|hint| format!("; {hint}")).unwrap_or_default();
-    let first = client.manifest(&reference.tag_or_digest).map_err(|error| match error {
-        error if error.is_not_found() => {
-            RegistryError::ImageNotFound { image: image.clone(), host: client.endpoint().host.clone(), hint: hint() }
-        }
-        // That is how Docker Hub says that there is none.
-        RegistryError::CredentialsMissing { host, repository, tried, .. } => {
-            RegistryError::CredentialsMissing { host, repository, hint: hint(), tried }
-        }
-        error => error,
-    })?;
+    let first = client.manifest(&reference.tag_or_digest).map_err(|error| explained(error, &client, reference))?;
     if !client.is_authenticated() {
         tracing::info!(target: PROGRESS, "Permission granted");
     }
@@ -115,6 +126,23 @@ fn resolve_at(client: Client, reference: &ImageReference, platform: &Platform) -
         warnings.push(format!("image {image} is for {architecture}, and this machine is {}", platform.architecture));
     }
     Ok(Resolved { client, manifest_digest, digests, manifest, config_bytes, config, warnings })
+}
+
+/// What an answer about the image as such means.
+fn explained(error: RegistryError, client: &Client, reference: &ImageReference) -> RegistryError {
+    let hint = || reference.not_found_hint().map(|hint| format!("; {hint}")).unwrap_or_default();
+    match error {
+        error if error.is_not_found() => RegistryError::ImageNotFound {
+            image: reference.to_string(),
+            host: client.endpoint().host.clone(),
+            hint: hint(),
+        },
+        // That is how Docker Hub says that there is none.
+        RegistryError::CredentialsMissing { host, repository, tried, .. } => {
+            RegistryError::CredentialsMissing { host, repository, hint: hint(), tried }
+        }
+        error => error,
+    }
 }
 
 /// The manifest for `platform`, behind as many indexes as there may be. The digest of each document, the manifest's last.

@@ -141,3 +141,34 @@ fn the_doctor_knows_credentials_and_certificates() {
     let checks: Vec<Value> = serde_json::from_str(&output.stdout).unwrap();
     assert_eq!(checks.last().unwrap()["name"], "TLS", "{output}");
 }
+
+#[test]
+fn the_doctor_follows_short_names() {
+    let world = World::new("doctor-names");
+    world.push_busybox();
+    let host = world.registry.host();
+    let tables = format!(
+        "[short_names]\nsearch = [\"{host}/nothing\", \"{host}\"]\naliases = {{ tool = \"x.example.test/busybox\" }}\n\
+         [registry.\"*.example.test\"]\nmirrors = [{{ location = \"{host}\", insecure = true }}]\n[registry.\"{host}\"]\ninsecure = true\n"
+    );
+    std::fs::write(world.home.join("pyxis.toml"), tables).unwrap();
+    let doctor = |image: &str| {
+        let output = run(&world, &["--config", "pyxis.toml", "doctor", image]);
+        (output.code(), output.stdout + &output.stderr)
+    };
+    let (code, text) = doctor("tool");
+    assert!(code == 0 && text.contains("short name: means x.example.test/busybox:latest here\n"), "{text}");
+    let digest = world.registry.digest("busybox").unwrap();
+    let found = format!("manifest: {digest} from {host}/busybox\n");
+    assert!(text.contains(&found), "{text}");
+    // The first place has no such image, and that is no failure.
+    let (code, text) = doctor("busybox");
+    let means = format!("short name: means {host}/nothing/busybox:latest, else {host}/busybox:latest here\n");
+    assert!(code == 0 && text.contains(&means) && text.contains("warning  manifest: "), "{text}");
+    assert!(text.contains(&found) && !text.contains("FAILED"), "{text}");
+    let (code, text) = doctor("no-such-image");
+    assert!(
+        code == 1 && text.matches("FAILED").count() == 1 && text.matches("warning  manifest").count() == 1,
+        "{text}"
+    );
+}

@@ -7,8 +7,12 @@ use testbed::{process, wait};
 use crate::Case;
 use crate::world::World;
 
-pub const CASES: &[Case] =
-    &[("lines_now_and_then", lines), ("trouble_is_told", trouble), ("a_terminal_has_one_line", terminal)];
+pub const CASES: &[Case] = &[
+    ("lines_now_and_then", lines),
+    ("trouble_is_told", trouble),
+    ("a_terminal_has_one_line", terminal),
+    ("none_if_the_site_wants_none", quiet),
+];
 
 /// Bytes of the image, and how many a second come: a few seconds' worth.
 const SIZE: usize = 4 << 20;
@@ -20,8 +24,18 @@ fn slow(
     behaviour: Behaviour,
     run: impl FnOnce(&World, &str) -> Result<process::Output>,
 ) -> Result<(String, process::Output)> {
+    slow_with(world, "after_seconds = 1\ninterval_seconds = 1\n", behaviour, run)
+}
+
+/// The same with other settings.
+fn slow_with(
+    world: &mut World,
+    settings: &str,
+    behaviour: Behaviour,
+    run: impl FnOnce(&World, &str) -> Result<process::Output>,
+) -> Result<(String, process::Output)> {
     let image = format!("{}/library/{}", world.proxy.host(), world.new_image(SIZE)?);
-    let often = world.configuration() + "[progress]\nafter_seconds = 1\ninterval_seconds = 1\n";
+    let often = world.configuration() + "[progress]\n" + settings;
     world.bed.pyxis.configure(&often)?;
     world.proxy.set(behaviour);
     let output = run(world, &image);
@@ -75,5 +89,20 @@ fn terminal(world: &mut World) -> Result<()> {
     let kept: Vec<&str> =
         output.stdout.lines().filter_map(|line| line.rsplit("\x1b[K").next()).map(str::trim_end).collect();
     ensure!(kept.contains(&"done") && !kept.iter().any(|line| line.contains("MiB")), "{kept:?}");
+    Ok(())
+}
+
+fn quiet(world: &mut World) -> Result<()> {
+    let settings = "after_seconds = 0\ninterval_seconds = 0\n";
+    let (image, output) = slow_with(world, settings, Behaviour::Throttle(RATE), |world, image| {
+        world.srun(&["-N1", &format!("--container-image={image}"), "true"])
+    })?;
+    let own = format!("pyxis: importing docker image: {image}\npyxis: imported docker image: {image}\n");
+    assert_eq!(output.stderr, own);
+    let (image, output) = slow_with(world, settings, Behaviour::Throttle(RATE), |world, image| {
+        let line = format!("srun -N1 --pty --container-image={image} echo done");
+        process::run(&mut world.bed.cluster.command(0, "script", ["-qec", &line, "/dev/null"]), wait::DEADLINE)
+    })?;
+    ensure!(output.stdout.contains("done") && !output.stdout.contains(&format!("{image}: ")), "{output:?}");
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::net::ToSocketAddrs;
 use serde::{Deserialize, Serialize};
 
 use super::{Check, Status};
-use crate::cli::enroot::{Asking, Context};
+use crate::cli::enroot::{Asking, Context, is_a_no};
 use crate::image::platform::Platform;
 use crate::image::reference::ImageReference;
 use crate::options::Options;
@@ -24,6 +24,8 @@ struct Way {
     checks: Vec<Check>,
     /// Bytes of the image's layers, if it was found.
     bytes: Option<u64>,
+    /// The registry has answered that it has no such image, or none for us.
+    is_a_no: bool,
 }
 
 /// Walks the way to `typed`, for whoever typed it.
@@ -31,14 +33,36 @@ pub fn checks(typed: &str, context: &Context) -> Vec<Check> {
     let (reference, named) = name(typed);
     let mut checks = vec![named];
     let Some(reference) = reference else { return checks };
-    checks.push(policy(&reference, context));
-    let way = context.unprivileged(&reference, |asking| walk(asking, &reference, context));
-    let way = way.unwrap_or_else(|error| {
-        let failed = Check::bad("registry", Status::Failed, error.to_string(), "");
-        Way { checks: vec![failed], bytes: None }
-    });
-    checks.extend(way.checks);
-    checks.extend(way.bytes.map(|bytes| space(bytes, context)));
+    let candidates = context.config.short_names.candidates(&reference);
+    if candidates != [reference] {
+        let meant: Vec<String> = candidates.iter().map(ToString::to_string).collect();
+        checks.push(Check::ok("short name", format!("means {} here", meant.join(", else "))));
+    }
+    for (at, candidate) in candidates.iter().enumerate() {
+        let permitted = policy(candidate, context);
+        let denied = permitted.status == Status::Failed;
+        checks.push(permitted);
+        if denied {
+            break;
+        }
+        let way = context.unprivileged(candidate, |asking| walk(asking, candidate, context));
+        let mut way = way.unwrap_or_else(|error| {
+            let failed = Check::bad("registry", Status::Failed, error.to_string(), "");
+            Way { checks: vec![failed], ..Way::default() }
+        });
+        // Only an answer sends on to the next one.
+        let next = way.is_a_no && at + 1 < candidates.len();
+        if next {
+            way.checks.iter_mut().filter(|check| check.status == Status::Failed).for_each(|check| {
+                check.status = Status::Warning;
+            });
+        }
+        checks.extend(way.checks);
+        checks.extend(way.bytes.map(|bytes| space(bytes, context)));
+        if !next {
+            break;
+        }
+    }
     checks
 }
 
@@ -112,7 +136,7 @@ fn walk(asking: &Asking, reference: &ImageReference, context: &Context) -> Way {
     }
     let platform = Platform::host();
     match context.resolve_by(asking, reference, &platform) {
-        Ok(found) => {
+        Ok((_, found)) => {
             let asked = match found.client.is_authenticated() {
                 true => "the registry accepts what it was given",
                 false => "none are needed",
@@ -131,6 +155,7 @@ fn walk(asking: &Asking, reference: &ImageReference, context: &Context) -> Way {
             way.bytes = Some(found.manifest.layers.iter().fold(0, |sum, layer| layer.size.saturating_add(sum)));
         }
         Err(error) => {
+            way.is_a_no = is_a_no(&error);
             let (name, remedy) = error.downcast_ref().map_or(("manifest", ""), failed_at);
             way.checks.push(Check::bad(name, Status::Failed, error.to_string(), remedy));
         }

@@ -42,6 +42,11 @@ impl Asking {
     }
 }
 
+/// Whether a registry has answered that there is no such image, or none for this user.
+pub fn is_a_no(error: &Error) -> bool {
+    error.downcast_ref::<RegistryError>().is_some_and(RegistryError::is_a_no)
+}
+
 impl Context {
     /// The images that `typed` may be.
     fn candidates(&self, typed: &ImageReference) -> Vec<ImageReference> {
@@ -74,29 +79,52 @@ impl Context {
 
     /// Asks the registry for an image, with the user's credentials. A short name is looked for as the site says.
     pub fn resolve(&self, typed: &ImageReference, platform: &Platform) -> Result<Resolved, Error> {
-        let asking = Asking { keys: Arc::new(self.keys(typed)), files: self.site_files(typed)? };
-        self.resolve_by(&asking, typed, platform)
+        self.resolve_by(&self.asking(typed)?, typed, platform).map(|(_, resolved)| resolved)
     }
 
-    /// The same with what `asking` presents.
-    pub fn resolve_by(&self, asking: &Asking, typed: &ImageReference, platform: &Platform) -> Result<Resolved, Error> {
+    /// What who typed the command presents himself, for `typed`.
+    pub fn asking(&self, typed: &ImageReference) -> Result<Asking, Error> {
+        Ok(Asking { keys: Arc::new(self.keys(typed)), files: self.site_files(typed)? })
+    }
+
+    /// The image with what `asking` presents, and which one of those it is that a short name may mean.
+    pub fn resolve_by(
+        &self,
+        asking: &Asking,
+        typed: &ImageReference,
+        platform: &Platform,
+    ) -> Result<(ImageReference, Resolved), Error> {
+        self.ask(asking, typed, |reference, registries, keyring| resolve(reference, registries, keyring, platform))
+    }
+
+    /// What `ask` gets for the first of the images that `typed` may mean, and which one that is.
+    pub fn ask<T>(
+        &self,
+        asking: &Asking,
+        typed: &ImageReference,
+        ask: impl Fn(&ImageReference, &RegistryConfig, &SharedKeyring) -> Result<T, RegistryError>,
+    ) -> Result<(ImageReference, T), Error> {
         let mut found = Err("no registry to search".into());
-        for reference in &self.candidates(typed) {
-            found = self.resolve_at(asking, reference, platform);
+        for reference in self.candidates(typed) {
+            found = self.ask_about(asking, &reference, &ask).map(|answer| (reference, answer));
             // Only an answer sends on to the next one.
-            let no = |error: &Error| error.downcast_ref::<RegistryError>().is_some_and(RegistryError::is_a_no);
-            if !found.as_ref().is_err_and(no) {
+            if !found.as_ref().is_err_and(is_a_no) {
                 break;
             }
         }
         found
     }
 
-    fn resolve_at(&self, asking: &Asking, reference: &ImageReference, platform: &Platform) -> Result<Resolved, Error> {
+    fn ask_about<T>(
+        &self,
+        asking: &Asking,
+        reference: &ImageReference,
+        ask: impl Fn(&ImageReference, &RegistryConfig, &SharedKeyring) -> Result<T, RegistryError>,
+    ) -> Result<T, Error> {
         let mut registries = self.registries(reference);
         let site = asking.complete(&mut registries, reference)?;
         let keyring: SharedKeyring = Arc::new(Keyrings(vec![SharedKeyring::clone(&asking.keys), Arc::new(site)]));
-        Ok(resolve(reference, &registries, &keyring, platform)?)
+        Ok(ask(reference, &registries, &keyring)?)
     }
 
     /// What `work` returns, which asks registries about `typed` without root's privileges.

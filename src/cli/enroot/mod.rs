@@ -22,7 +22,7 @@ mod say;
 mod settings;
 mod start;
 
-pub use asking::Asking;
+pub use asking::{Asking, is_a_no};
 pub use bundle::bundled;
 
 use std::ffi::OsStr;
