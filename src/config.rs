@@ -154,7 +154,7 @@ impl Default for ImportConfig {
 pub struct ProgressSettings {
     /// `after_seconds`: when the first line about an import appears in a job's output.
     pub after_seconds: u32,
-    /// `interval_seconds`: how often another one does; 0: there are none.
+    /// `interval_seconds`: how often another one does; 0: nothing is shown, on a terminal neither.
     pub interval_seconds: u32,
 }
 

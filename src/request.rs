@@ -4,11 +4,13 @@
 //! ([`Environment`]): it need not be UTF-8 and may be large.
 
 use std::collections::{HashMap, HashSet};
+use std::fmt;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use crate::devices::cdi::name::QualifiedName;
+use crate::image::digest::Digest;
 use crate::image::reference::ImageReference;
 use crate::mounts::spec::MountSpec;
 
@@ -30,6 +32,9 @@ pub struct StepRequest {
     /// `--container-pull`; `None` leaves it to the configuration.
     #[serde(default)]
     pub pull: Option<PullPolicy>,
+    /// What the image's tag means for all nodes of the step, if `srun` has asked: a [`Meaning`] as text.
+    #[serde(default)]
+    pub meaning: Option<String>,
     /// `--container-name`.
     pub name: Option<ContainerName>,
     /// Whether named containers end with the job (`container_scope=job` in plugstack.conf).
@@ -157,6 +162,16 @@ pub enum PullPolicy {
 }
 
 impl PullPolicy {
+    /// What users call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Always => "always",
+            Self::Recent => "recent",
+            Self::Missing => "missing",
+            Self::Never => "never",
+        }
+    }
+
     /// The policy that users call `name`.
     pub fn of(name: &str) -> Option<Self> {
         match name {
@@ -166,6 +181,32 @@ impl PullPolicy {
             "never" => Some(Self::Never),
             _ => None,
         }
+    }
+}
+
+/// What the tag of an image means: as text the time, the digest and the name, with blanks between them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Meaning {
+    /// Seconds since 1970, before the registry was asked.
+    pub asked_at: u64,
+    /// Of the index, or of the manifest.
+    pub digest: Digest,
+    /// The image's name in full, with the tag.
+    pub name: String,
+}
+
+impl fmt::Display for Meaning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} {}", self.asked_at, self.digest, self.name)
+    }
+}
+
+impl Meaning {
+    /// Reads what [`fmt::Display`] writes.
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut words = text.splitn(3, ' ');
+        let (asked_at, digest) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+        Some(Self { asked_at, digest, name: words.next()?.to_owned() })
     }
 }
 
@@ -344,6 +385,18 @@ mod tests {
         assert_eq!(environment.get("C"), Some(&b"line\nbreak"[..]));
         assert_eq!(environment.to_block(), b"A=3\0B=two=2\0C=line\nbreak\0\xff=\xfe\0");
         assert_eq!(Environment::from_block(&environment.to_block()), environment);
+    }
+
+    #[test]
+    fn a_meaning_is_a_line() {
+        let digest = format!("sha256:{}", "a1".repeat(32)).parse().unwrap();
+        let meaning = Meaning { asked_at: 7, digest, name: "docker.io/library/alpine:3".into() };
+        let text = meaning.to_string();
+        assert_eq!(text, format!("7 sha256:{} docker.io/library/alpine:3", "a1".repeat(32)));
+        assert_eq!(Meaning::parse(&text), Some(meaning));
+        for text in ["", "7", "7 sha256:00 x", "x sha256:00 y", &text[2..]] {
+            assert_eq!(Meaning::parse(text), None, "{text}");
+        }
     }
 
     #[test]

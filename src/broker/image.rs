@@ -18,7 +18,7 @@ use crate::image::reference::ImageReference;
 use crate::metrics::{Meter, Metrics};
 use crate::policy::Policy;
 use crate::progress::{Progress, Update};
-use crate::request::{Environment, ImageSource, LocalImage, StepRequest};
+use crate::request::{Environment, ImageSource, LocalImage, Meaning, StepRequest};
 use crate::rootfs::cgroups;
 use crate::source::importer::ImporterCall;
 use crate::store::Store;
@@ -98,6 +98,7 @@ impl Acquisition<'_, '_> {
         self.announce(typed);
         let (store, mut settings) = (self.store()?, self.config.import_settings());
         settings.pull = self.request.pull.unwrap_or(settings.pull);
+        settings.meaning = self.request.meaning.as_deref().and_then(Meaning::parse);
         let wanted = AcquireRequest { user: &self.request.user, reference, environment: self.environment };
         let in_use = self.in_use;
         let image = self

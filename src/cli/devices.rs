@@ -42,7 +42,7 @@ pub struct DevicesArgs {
     user: String,
     /// Report as JSON
     #[arg(long)]
-    json: bool,
+    pub json: bool,
     /// A variable of the image, or to be laid over it, as NVIDIA_VISIBLE_DEVICES=all
     #[arg(long = "env", value_name = "NAME=VALUE")]
     env: Vec<String>,

@@ -10,6 +10,7 @@ pub mod gc;
 mod generate;
 mod inspect;
 mod login;
+mod meaning;
 mod metrics;
 mod prompt;
 mod pull;
@@ -48,6 +49,9 @@ pub const ENROOT: &str = "enroot";
 pub const EPILOG: &str = "pyxis-epilog";
 /// `argv[0]` of the process that lets a site's importer clean up; see [`crate::task::importer`].
 pub const RELEASE: &str = "pyxis-release";
+
+/// `argv[0]` of the process that asks what a tag means; see `meaning`.
+pub const MEANING: &str = "pyxis-meaning";
 
 /// `argv[0]` of the process that asks NVML; see [`crate::devices::nvidia::inventory`].
 pub const INVENTORY: &str = "pyxis-inventory";
@@ -109,6 +113,7 @@ pub fn main() -> ExitCode {
         Some(role) if role == ENROOT_MOUNT.as_bytes() => crate::hooks::mount::main(arguments),
         Some(role) if role == EPILOG.as_bytes() => container::collect::epilog_role(arguments),
         Some(role) if role == RELEASE.as_bytes() => crate::broker::import::release_role(arguments),
+        Some(role) if role == MEANING.as_bytes() => meaning::main(arguments),
         _ => typed(),
     }
 }
@@ -128,6 +133,7 @@ fn typed() -> ExitCode {
         Err(error) if first_word().is_some_and(|word| enroot::is_command(&word)) => return enroot::usage(&error),
         Err(error) => error.exit(),
     };
+    let json = arguments.command.is_json();
     let result = match arguments.command {
         Command::Run(run) => run::run(&run, &arguments.config),
         Command::Pull(pull) => pull::run(&pull, &arguments.config),
@@ -143,8 +149,27 @@ fn typed() -> ExitCode {
     };
     result.unwrap_or_else(|error| {
         eprintln!("pyxis: {error}");
+        if json {
+            println!("{}", serde_json::json!({ "error": error.to_string() }));
+        }
         ExitCode::FAILURE
     })
+}
+
+impl Command {
+    /// Whether the result is for a program.
+    fn is_json(&self) -> bool {
+        match self {
+            Self::Pull(args) => args.json,
+            Self::Inspect(args) => args.json,
+            Self::Login(args) => args.json,
+            Self::Logout(args) => args.json,
+            Self::Doctor(args) => args.json,
+            Self::Devices(args) => args.json,
+            Self::Gc(args) => args.json,
+            Self::Run(_) | Self::Metrics(_) | Self::Generate(_) | Self::Enroot(_) => false,
+        }
+    }
 }
 
 /// The subcommand, as far as it can be told from a command line with mistakes in it.

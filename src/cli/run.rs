@@ -153,6 +153,7 @@ fn request(args: &RunArgs, user: User) -> Result<StepRequest, Error> {
     Ok(StepRequest {
         image: options.image,
         pull: options.pull,
+        meaning: None,
         name: options.name,
         save: options.save,
         entrypoint: options.entrypoint.unwrap_or(false),
@@ -177,6 +178,7 @@ pub(super) fn bare_request(user: User) -> Result<StepRequest, Error> {
         step: None,
         image: None,
         pull: None,
+        meaning: None,
         name: None,
         job_scope: false,
         save: None,

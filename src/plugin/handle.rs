@@ -190,6 +190,7 @@ fn raw_item(item: Item) -> spank_item_t {
         Item::Gid => spank_sys::S_JOB_GID,
         Item::JobId => spank_sys::S_JOB_ID,
         Item::StepId => spank_sys::S_JOB_STEPID,
+        Item::Nodes => spank_sys::S_JOB_NNODES,
         Item::LocalTasks => spank_sys::S_JOB_LOCAL_TASK_COUNT,
         Item::TotalTasks => spank_sys::S_JOB_TOTAL_TASK_COUNT,
         Item::TaskId => spank_sys::S_TASK_ID,

@@ -36,6 +36,8 @@ hooks! {
     slurm_spank_init => init;
     /// Commands and step managers, when all options are known.
     slurm_spank_init_post_opt => init_post_opt;
+    /// `srun`, when the step's nodes are known: asks what the image's tag means, for all of them.
+    slurm_spank_local_user_init => local_user_init;
     /// Step manager, as the user: collects what the container start needs.
     slurm_spank_user_init => user_init;
     /// Each task, still root: the leading one starts the container.
@@ -82,6 +84,11 @@ pub(super) fn init_post_opt(state: &mut State, spank: &mut dyn Spank, _: &[&str]
         }
         Context::Remote | Context::Slurmd | Context::JobScript | Context::Unknown => Ok(()),
     }
+}
+
+fn local_user_init(state: &mut State, spank: &mut dyn Spank, _: &[&str]) -> Result<(), Failed> {
+    local::user_init(state, spank);
+    Ok(())
 }
 
 fn user_init(state: &mut State, spank: &mut dyn Spank, _: &[&str]) -> Result<(), Failed> {

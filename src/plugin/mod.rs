@@ -70,6 +70,8 @@ pub enum Item {
     JobId,
     /// Step id; values from 0xfffffff0 are special steps.
     StepId,
+    /// Nodes of the step.
+    Nodes,
     /// Tasks of the step on this node.
     LocalTasks,
     /// Tasks of the whole step.
@@ -86,6 +88,7 @@ impl Item {
             Self::Gid => "group id",
             Self::JobId => "id",
             Self::StepId => "step id",
+            Self::Nodes => "node count",
             Self::LocalTasks => "local task count",
             Self::TotalTasks => "total task count",
             Self::TaskId => "task id",

@@ -45,6 +45,8 @@ pub struct Step {
     /// The step manager: not its clones, not its tasks.
     manager: u32,
     options: Options,
+    /// What `srun` has learned of the image's tag.
+    meaning: Option<String>,
     arguments: Arguments,
     shared: StepShared,
     life: Option<LifePipe>,
@@ -155,6 +157,11 @@ impl Step {
             // Not for the commands inside: theirs are other lists.
             let _ = spank.remove_variable(variable.as_bytes());
         }
+        let meaning = spank.variable(submit::MEANING).map(|text| String::from_utf8_lossy(&text).into_owned());
+        if meaning.is_some() {
+            // It is about this step's image.
+            let _ = spank.remove_variable(submit::MEANING.as_bytes());
+        }
         let options = options.with_environment(|name| spank.variable(name)).map_err(|error| error.to_string())?;
         if !options.enabled() {
             return match spank.variable(submit::REQUESTED).filter(|image| !image.is_empty()) {
@@ -179,6 +186,7 @@ impl Step {
             manager: std::process::id(),
             count,
             options,
+            meaning,
             arguments,
             shared: StepShared::create().map_err(failed)?,
             life: Some(LifePipe::create().map_err(failed)?),
@@ -214,6 +222,7 @@ impl Step {
             step: Some(facts),
             image: self.options.image.clone(),
             pull: self.options.pull,
+            meaning: self.meaning.clone(),
             name: self.options.name.clone(),
             job_scope: self.arguments.job_scope,
             save: self.options.save.clone(),

@@ -63,6 +63,10 @@ pub struct State {
     /// What plugstack.conf says.
     pub arguments: Result<Arguments, ArgumentError>,
     failure: Option<String>,
+    /// What `srun` has learned of the image's tag; empty if it could not.
+    meaning: Option<String>,
+    /// How many components the step has, by the command line.
+    components: usize,
     /// The container of this step, in a step manager and its tasks.
     pub step: Option<Step>,
 }
@@ -79,6 +83,8 @@ impl Default for State {
             conflict: None,
             arguments: Ok(Arguments::default()),
             failure: None,
+            meaning: None,
+            components: 1,
             step: None,
         }
     }
@@ -113,6 +119,7 @@ impl State {
     pub fn note_command_line<'a>(&mut self, words: impl IntoIterator<Item = &'a [u8]>) {
         let words: Vec<_> = words.into_iter().map(<[u8]>::to_vec).collect();
         self.following = words.split(|word| word == b":").map(<[_]>::to_vec).collect();
+        self.components = self.following.len();
         self.next_command_line();
     }
 
@@ -145,6 +152,21 @@ impl State {
     /// Takes note of what the environment says to an option.
     pub fn note_inherited(&mut self, id: OptionId, value: Vec<u8>) {
         self.inherited.push((id, value));
+    }
+
+    /// Whether the command line has several components, which start one after the other.
+    pub fn has_components(&self) -> bool {
+        self.components > 1
+    }
+
+    /// What has been learned of the image's tag, if that was tried; empty if it did not work.
+    pub fn meaning(&self) -> Option<&str> {
+        self.meaning.as_deref()
+    }
+
+    /// Takes note of it.
+    pub fn set_meaning(&mut self, meaning: String) {
+        self.meaning = Some(meaning);
     }
 
     /// Why the options cannot be used.

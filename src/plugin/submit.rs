@@ -1,10 +1,16 @@
 //! The submit side: what `srun`, `sbatch` and their like have in common. Everything that can be judged without the node
 //! is judged here, so that a mistake costs the user milliseconds and one clear line.
 
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::Duration;
+
 use super::state::State;
-use super::{Context, Failed, Spank};
+use super::{Context, Failed, Item, Spank};
 use crate::options::arguments::Arguments;
 use crate::options::table::{OptionId, TABLE};
+use crate::request::{ImageSource, Meaning, PullPolicy};
+use crate::sys::command::{Stream, capture_fed, filled_pipe};
 use crate::task::UserMessage;
 
 /// Slurm's containers are OCI bundles that a runtime starts instead of the command: there would be nothing to join.
@@ -23,6 +29,14 @@ pub(super) const MERGED_LISTS: [(OptionId, &str); 4] = [
     (OptionId::Unshare, "SLURM_PYXIS_CONTAINER_UNSHARE"),
     (OptionId::Device, "SLURM_PYXIS_CONTAINER_DEVICE"),
 ];
+
+/// Carries what the image's tag means to the nodes.
+pub(super) const MEANING: &str = "SLURM_PYXIS_CONTAINER_MEANING";
+
+/// When asking what the tag means is given up, whatever hangs; the executable itself gives up before, as configured.
+const MEANING_TIME: Duration = Duration::from_secs(10);
+/// Most bytes of the answer.
+const MAX_MEANING: usize = 4096;
 
 /// Reads the plugstack arguments.
 pub(super) fn parse_arguments(state: &mut State, spank: &mut dyn Spank, arguments: &[&str]) -> Result<(), Failed> {
@@ -56,6 +70,32 @@ pub(super) fn register(spank: &mut dyn Spank) -> Result<(), Failed> {
         }
     }
     Ok(())
+}
+
+/// Whether nodes could find different images behind a tag: a single one asks by itself.
+pub(super) fn has_several_nodes(state: &State, spank: &dyn Spank) -> bool {
+    state.has_components()
+        || spank.variable("SLURM_HET_SIZE").is_some()
+        || spank.number(Item::Nodes).is_ok_and(|nodes| nodes > 1)
+}
+
+/// What the image's tag means, as the executable finds out with the user's credentials, if it is here and does so soon.
+pub(super) fn meaning_of_tag(state: &State, spank: &dyn Spank) -> Option<String> {
+    let arguments = state.arguments.as_ref().ok().filter(|arguments| arguments.importer.is_none())?;
+    let options = state.options().clone().with_environment(|name| spank.variable(name)).ok()?;
+    let Some(ImageSource::Registry { typed, reference }) = &options.image else { return None };
+    if reference.digest().is_some() || matches!(options.pull, Some(PullPolicy::Missing | PullPolicy::Never)) {
+        return None;
+    }
+    let mut command = Command::new(&arguments.executable);
+    command.arg0(crate::cli::MEANING).arg(&arguments.config).args(options.pull.map(PullPolicy::name));
+    // Not an argument, because there may be a password in it.
+    let input = filled_pipe(typed.as_bytes()).ok()?;
+    let answer = capture_fed(&mut command, input.into(), Stream::Output, MAX_MEANING, MEANING_TIME).ok()?;
+    let text = String::from_utf8(answer.text).ok()?;
+    let line = text.trim_end();
+    let good = answer.status?.success() && Meaning::parse(line).is_some() && !line.contains(char::is_control);
+    good.then(|| line.to_owned())
 }
 
 /// Judges the options together with the environment. `slurm_container` is the variable that stands for Slurm's own

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use super::hooks::{init, init_post_opt};
+use super::local;
 use super::remote::{task_exit, task_init, task_init_privileged, user_init};
 use super::state::State;
 use super::{Context, Failed, Item, Spank, SpankError};
@@ -470,4 +471,83 @@ fn a_batch_job_whose_options_were_lost_does_not_run_on_the_host() {
     let mut other = step(0);
     let mut state = managed(&mut other, &[], &[]);
     assert_eq!(task(&mut state, &mut other, 0), (Ok(()), vec![]));
+}
+
+/// Arguments of the plugin with which a script stands in for the executable.
+fn oracle(directory: &std::path::Path, script: &str) -> [String; 2] {
+    let path = directory.join("oracle");
+    std::fs::write(&path, script).unwrap();
+    ["executable=/bin/sh".into(), format!("config={}", path.display())]
+}
+
+#[test]
+fn srun_asks_what_a_tag_means_for_several_nodes() {
+    let directory = tempfile::tempdir().unwrap();
+    let digest = format!("sha256:{}", "0".repeat(64));
+    let executable = oracle(directory.path(), &format!("echo \"1 {digest} $(basename $0) $1 $(cat)\""));
+    let ask = |nodes: u32, variables: &[(&str, &str)], image: &str, options: &[(OptionId, &str)]| {
+        let mut slurm = Slurm::new(Context::Local).number(Item::Nodes, nodes);
+        for (name, value) in variables {
+            slurm = slurm.variable(name, value);
+        }
+        let mut state = State::default();
+        init(&mut state, &mut slurm, &[&executable[0], &executable[1]]).unwrap();
+        state.set_option(OptionId::Image, image.as_bytes()).unwrap();
+        for (id, value) in options {
+            state.set_option(*id, value.as_bytes()).unwrap();
+        }
+        init_post_opt(&mut state, &mut slurm, &[]).unwrap();
+        local::user_init(&mut state, &mut slurm);
+        assert_eq!(slurm.said(), Vec::<String>::new());
+        slurm.variables.get("SLURM_PYXIS_CONTAINER_MEANING").map(|value| String::from_utf8_lossy(value).into_owned())
+    };
+    let answer = |policy: &str| Some(format!("1 {digest} oracle {policy} alpine"));
+    assert_eq!(ask(2, &[], "alpine", &[]), answer(""));
+    assert_eq!(ask(2, &[], "alpine", &[(OptionId::Pull, "always")]), answer("always"));
+    // A component of a step whose other components may be on other nodes.
+    assert_eq!(ask(1, &[("SLURM_HET_SIZE", "2")], "alpine", &[]), answer(""));
+    for (nodes, image, pull) in [
+        (1, "alpine", "recent"),
+        (2, "alpine", "missing"),
+        (2, "alpine", "never"),
+        (2, &format!("alpine@{digest}"), "always"),
+        (2, "/x.sqsh", "always"),
+    ] {
+        assert_eq!(ask(nodes, &[], image, &[(OptionId::Pull, pull)]), None, "{image} {pull}");
+    }
+    // What an outer step's srun has learned is of no use.
+    let inherited = [("SLURM_PYXIS_CONTAINER_MEANING", "1 sha256:00 old")];
+    assert_eq!(ask(1, &inherited, "alpine", &[]).as_deref(), Some(""));
+}
+
+#[test]
+fn an_answer_that_is_none_leaves_it_to_the_nodes() {
+    let directory = tempfile::tempdir().unwrap();
+    let digest = format!("sha256:{}", "0".repeat(64));
+    for script in
+        ["exit 1", "echo nonsense", &format!("echo '1 {digest} x'; exit 1"), &format!("printf '1 {digest} x\\033'")]
+    {
+        let executable = oracle(directory.path(), script);
+        let mut slurm = Slurm::new(Context::Local).number(Item::Nodes, 2);
+        let mut state = State::default();
+        init(&mut state, &mut slurm, &[&executable[0], &executable[1]]).unwrap();
+        state.set_option(OptionId::Image, b"alpine").unwrap();
+        local::user_init(&mut state, &mut slurm);
+        assert_eq!((slurm.said(), slurm.variables), (vec![], Environment::default()), "{script}");
+    }
+    let mut slurm = Slurm::new(Context::Local).number(Item::Nodes, 2);
+    let mut state = State::default();
+    init(&mut state, &mut slurm, &["executable=/nonexistent/pyxis"]).unwrap();
+    state.set_option(OptionId::Image, b"alpine").unwrap();
+    local::user_init(&mut state, &mut slurm);
+    assert_eq!((slurm.said(), slurm.variables), (vec![], Environment::default()));
+}
+
+#[test]
+fn nodes_get_what_srun_has_learned_and_tasks_do_not() {
+    let mut slurm = Slurm::step().variable("SLURM_PYXIS_CONTAINER_MEANING", "1 sha256:00 x");
+    let state = managed(&mut slurm, &[], &[(OptionId::Image, "alpine")]);
+    let request = state.step.as_ref().and_then(|step| step.request()).unwrap();
+    assert_eq!(request.meaning.as_deref(), Some("1 sha256:00 x"));
+    assert_eq!(slurm.variables.get("SLURM_PYXIS_CONTAINER_MEANING"), None);
 }

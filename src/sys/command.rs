@@ -60,14 +60,18 @@ pub fn capture_fed(
 /// Runs `command` with `input` (which fits into a pipe) on its standard input, for its standard output. It stays in the
 /// caller's process group, and ends with it; only the program itself is ended here, when `time` is over.
 pub fn ask(command: &mut Command, input: &[u8], limit: usize, time: Duration) -> io::Result<Captured> {
-    // What a pipe holds can be written before there is a reader.
-    let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-    std::fs::File::from(write).write_all(input)?;
-    rustix::io::ioctl_fionbio(&read, false)?;
-    let child = command.stdin(read).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+    let child = command.stdin(filled_pipe(input)?).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
     // Its end of the pipe stays with the command otherwise.
     command.stdin(Stdio::null());
     finish(child, limit, time, |child| drop(child.kill()))
+}
+
+/// A pipe with `input` in it, which fits: what a pipe holds can be written before there is a reader.
+pub fn filled_pipe(input: &[u8]) -> io::Result<OwnedFd> {
+    let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+    std::fs::File::from(write).write_all(input)?;
+    rustix::io::ioctl_fionbio(&read, false)?;
+    Ok(read)
 }
 
 fn finish(mut child: Child, limit: usize, time: Duration, end: impl FnOnce(&mut Child)) -> io::Result<Captured> {

@@ -57,7 +57,8 @@ fn doctor_and_devices() {
         ("infiniband", "], infiniband: ["),
         ("cdi_directories", "], cdi_directories: [string], cdi_devices: ["),
         ("cdi_problems", "], cdi_problems: ["),
-        ("container", "]}, container: {variables: ["),
+        ("container", "]}, container: {image: null, variables: ["),
+        ("reasons", "], reasons: ["),
         ("library_directory", "], library_directory: string, error: null, device_nodes: ["),
     ] {
         assert!(shape.contains(field), "{name}: {shape}");

@@ -22,6 +22,7 @@ fn it_exports_the_hooks_and_nothing_else() {
         "slurm_spank_init",
         "slurm_spank_init_post_opt",
         "slurm_spank_job_epilog",
+        "slurm_spank_local_user_init",
         "slurm_spank_task_exit",
         "slurm_spank_task_init",
         "slurm_spank_task_init_privileged",

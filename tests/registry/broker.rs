@@ -60,6 +60,7 @@ impl Import {
                 min_rate: 1,
                 attempts: 3,
                 blob_connections: 4,
+                submit_timeout: 2,
             },
             ..RegistryConfig::default()
         };

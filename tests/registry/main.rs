@@ -16,3 +16,4 @@ mod pulls;
 mod real;
 mod server;
 mod sites;
+mod submit;

@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod agreement;
 mod bad_input;
 mod cdi;
 mod command;
@@ -36,7 +37,12 @@ mod pull;
 mod registries;
 mod relay;
 mod save;
+#[path = "../registry/server.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod server;
 mod session;
+#[path = "../commands/shape.rs"]
+mod shape;
 mod sources;
 mod squashfs;
 mod unshare;
@@ -78,6 +84,7 @@ fn main() -> ExitCode {
         ("registries", registries::CASES),
         ("failures", failures::CASES),
         ("proxies", proxies::CASES),
+        ("agreement", agreement::CASES),
         ("policy", policy::CASES),
         ("pull", pull::CASES),
         ("sources", sources::CASES),

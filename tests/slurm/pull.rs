@@ -6,9 +6,10 @@ use std::os::unix::fs::PermissionsExt;
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use testbed::registry::Account;
-use testbed::{Output, process, wait};
+use testbed::{Output, images, process, wait};
 
 use crate::Case;
+use crate::shape::shape;
 use crate::world::World;
 
 pub const CASES: &[Case] = &[
@@ -17,6 +18,8 @@ pub const CASES: &[Case] = &[
     ("pull_is_for_root", for_root),
     ("pull_obeys_the_policy", policy),
     ("root_has_credentials_too", roots_own),
+    ("names_mean_the_same_everywhere", names),
+    ("what_programs_read", schemas),
 ];
 
 /// Runs `pyxis ARGUMENTS` as root on node1.
@@ -136,5 +139,72 @@ fn roots_own(world: &mut World) -> Result<()> {
     assert_eq!(inspected["origin"], json!(format!("{host}/team/private")));
     let doctor = root(&["doctor", &image])?.success()?;
     ensure!(doctor.stdout.contains("ok       credentials: the registry accepts what it was given\n"), "{doctor}");
+    Ok(())
+}
+
+/// Short names, `*.DOMAIN` and `HOST/PATH`: in a step, and for each command.
+fn names(world: &mut World) -> Result<()> {
+    let usual = world.configuration();
+    let hub = world.bed.hub.host();
+    let tables = format!(
+        "[short_names]\nsearch = [\"{hub}/nothing\", \"reg.example.test/team\"]\n\
+         aliases = {{ tool = \"x.example.test/library/alpine\" }}\n\
+         [registry.\"*.example.test\"]\nmirrors = [{{ location = \"{hub}\", insecure = true }}]\n\
+         [registry.\"reg.example.test/team\"]\nlocation = \"{hub}/elsewhere\"\ninsecure = true\n"
+    );
+    let image = images::busybox(&world.directory("elsewhere")?)?;
+    world.bed.hub.push(&image, "elsewhere/searched:1")?;
+    world.bed.pyxis.configure(&format!("{usual}{tables}"))?;
+    let result = names_of(world, &hub);
+    world.bed.pyxis.configure(&usual)?;
+    result
+}
+
+fn names_of(world: &World, hub: &str) -> Result<()> {
+    for (typed, full, repository) in [
+        ("tool", "x.example.test/library/alpine:latest", "library/alpine"),
+        ("y.example.test/library/alpine", "y.example.test/library/alpine:latest", "library/alpine"),
+        ("reg.example.test/team/searched:1", "reg.example.test/team/searched:1", "elsewhere/searched"),
+        // The first place has no such image.
+        ("searched:1", "reg.example.test/team/searched:1", "elsewhere/searched"),
+    ] {
+        let origin = format!("{hub}/{repository}");
+        let inspected = json(&pyxis(world, &["inspect", "--json", typed])?.success()?)?;
+        assert_eq!((&inspected["image"], &inspected["origin"]), (&json!(full), &json!(origin)), "{typed}");
+        let digest = inspected["digests"].as_array().and_then(|all| all.last()?.as_str().map(str::to_owned));
+        let digest = digest.unwrap_or_default();
+        let checks = json(&pyxis(world, &["doctor", "--json", typed])?.success()?)?;
+        let found = json!(format!("{digest} from {origin}"));
+        let checks = checks.as_array().cloned().unwrap_or_default();
+        ensure!(checks.iter().any(|check| check["name"] == "manifest" && check["detail"] == found), "{checks:?}");
+        let pulled = json(&pyxis(world, &["pull", "--json", typed])?.success()?)?;
+        assert_eq!(pulled[0]["digest"], json!(digest), "{typed}");
+        let option = format!("--container-image={typed}");
+        for nodes in ["-N1", "-N2"] {
+            let seen = world.sh(&[nodes, &option], "echo $PYXIS_IMAGE_DIGEST")?;
+            ensure!(seen.lines().all(|line| line == digest), "{typed}: {seen}");
+        }
+    }
+    Ok(())
+}
+
+fn schemas(world: &mut World) -> Result<()> {
+    let output = pyxis(world, &["pull", "--json", "alpine", "no-such-image"])?;
+    let outcome = |digest: &str, error: &str| {
+        format!(
+            "{{image: string, digest: {digest}, layers: number, downloaded: number, bytes: number, error: {error}}}"
+        )
+    };
+    assert_eq!(shape(&output.stdout), format!("[{} | {}]", outcome("string", "null"), outcome("null", "string")));
+    let output = pyxis(world, &["gc", "--json", "--dry-run"])?.success()?;
+    let fields = "freed_bytes: number, kept_layers: number, kept_bytes: number, in_use_layers: number, \
+                  removed_records: number, problems: []}";
+    let shape_of_gc = shape(&output.stdout);
+    let removed = ["{removed: [], ", "{removed: [string], "].map(|start| format!("{start}{fields}"));
+    ensure!(removed.contains(&shape_of_gc), "{shape_of_gc}");
+    let output = pyxis(world, &["inspect", "--json", "alpine"])?.success()?;
+    ensure!(shape(&output.stdout).contains("layers: [{blob: string, diff_id: string, bytes: number, stored: bool}]"));
+    let output = pyxis(world, &["pull", "--json", "--user", "no-such-user", "alpine"])?;
+    assert_eq!((output.code(), shape(&output.stdout)), (1, "{error: string}".into()));
     Ok(())
 }

@@ -65,7 +65,7 @@ impl World {
         // Every test may rely on a clean home.
         for user in 0..2 {
             let home = world.user(user).home.clone();
-            for name in [".config", ".docker", "work"] {
+            for name in [".cache", ".config", ".docker", "work"] {
                 let _ = std::fs::remove_dir_all(home.join(name));
             }
             world.make_directory(user, "work")?;

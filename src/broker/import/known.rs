@@ -43,7 +43,7 @@ impl<'a> Known<'a> {
     /// that the rules ask for.
     pub fn confirmed(&self) -> Result<Option<AcquiredImage>, ImportError> {
         let record = self.record()?.filter(|record| is_fresh(record.confirmed_at, self.settings.confirmation));
-        let Some(record) = record else { return Ok(None) };
+        let Some(record) = record.filter(|record| self.is_meant(record)) else { return Ok(None) };
         if self.permission == Permission::Depends {
             // Of a record from before there were rules nothing is known.
             let evidence = &record.evidence;
@@ -52,6 +52,13 @@ impl<'a> Known<'a> {
             }
         }
         Ok(self.image(&record)?)
+    }
+
+    /// Whether a record is not of another image than the one that all nodes of the step are to use.
+    fn is_meant(&self, record: &ReferenceRecord) -> bool {
+        self.settings.meaning_of(self.request.reference).is_none_or(|meaning| {
+            record.manifest == meaning.digest || record.evidence.digests.contains(&meaning.digest)
+        })
     }
 
     /// By which indexes `manifest` was found when the user's name for the image was last looked up, if it was found then.
@@ -74,9 +81,14 @@ impl<'a> Known<'a> {
         Ok(Some(AcquiredImage { manifest, config, layers, evidence, from_network: false }))
     }
 
-    /// With [`PullPolicy::Missing`]: what the user's name for the image meant when he was last given it, if that is still
-    /// there. The registry has to confirm that he may have it, and is not asked what the name means now.
+    /// What the registry is asked for instead of the tag: the digest that all nodes of the step are to use. With
+    /// [`PullPolicy::Missing`] what the user's name for the image meant when he was last given it, if that is still there:
+    /// the registry has to confirm that he may have it, and is not asked what the name means now.
     pub fn pinned(&self) -> Result<Option<ImageReference>, StoreError> {
+        if let Some(meaning) = self.settings.meaning_of(self.request.reference) {
+            let tag_or_digest = meaning.digest.to_string();
+            return Ok(Some(ImageReference { tag_or_digest, ..self.request.reference.clone() }));
+        }
         if self.settings.pull != PullPolicy::Missing {
             return Ok(None);
         }

@@ -29,7 +29,7 @@ use crate::image::reference::ImageReference;
 use crate::importer::protocol::{Command, FailureKind, ImportLimits};
 use crate::policy::{Evidence, Policy, Subject};
 use crate::registry::error::RegistryError;
-use crate::request::{Environment, PullPolicy, User};
+use crate::request::{Environment, Meaning, PullPolicy, User};
 use crate::store::{
     Goal, LeasedLayer, ManifestRecord, PinnedMounts, ReferenceRecord, Store, StoreError, Watermark, Watermarks, count,
     now, size,
@@ -55,6 +55,8 @@ pub struct ImportSettings {
     pub confirmation: Duration,
     /// When to ask it about an image that the store has.
     pub pull: PullPolicy,
+    /// What the image's tag means, if that is known from elsewhere, for all nodes of a step.
+    pub meaning: Option<Meaning>,
     /// Space that an import needs, as a multiple of the size of the blobs it downloads. Layers of usual images grow two-
     /// to threefold.
     pub space_factor: f64,
@@ -77,6 +79,7 @@ impl Default for ImportSettings {
             limits: ImportLimits { max_layer_bytes: 1 << 40, max_layer_entries: 10_000_000, max_connections: 8 },
             confirmation: Duration::from_secs(300),
             pull: PullPolicy::Recent,
+            meaning: None,
             space_factor: 3.0,
             watermarks: Watermarks::default(),
             importer_user: "pyxis".into(),
@@ -84,6 +87,14 @@ impl Default for ImportSettings {
             policy: Policy::default(),
             executable: "/proc/self/exe".into(),
         }
+    }
+}
+
+impl ImportSettings {
+    /// What the tag of `reference` means for all nodes of the step.
+    fn meaning_of(&self, reference: &ImageReference) -> Option<&Meaning> {
+        let asks = matches!(self.pull, PullPolicy::Always | PullPolicy::Recent);
+        self.meaning.as_ref().filter(|meaning| asks && meaning.name == reference.to_string())
     }
 }
 
@@ -293,7 +304,10 @@ impl Acquirer<'_> {
                 events(event);
             }
         };
-        let candidates = self.settings.registries.short_names.candidates(request.reference);
+        let mut candidates = self.settings.registries.short_names.candidates(request.reference);
+        if let Some(meant) = candidates.iter().find(|candidate| self.settings.meaning_of(candidate).is_some()) {
+            candidates = vec![meant.clone()];
+        }
         let mut before = Vec::new();
         for (index, reference) in candidates.iter().enumerate() {
             let request = AcquireRequest { reference, ..request };
@@ -357,7 +371,7 @@ impl Acquirer<'_> {
         };
         let image = match known.pinned()? {
             Some(pinned) => match ask(&pinned) {
-                // It is not there any more, whatever the tag means now.
+                // It is not there, or not any more, whatever the tag means now.
                 Err(ImportError::Refused { kind: FailureKind::NotFound, .. }) => ask(request.reference),
                 outcome => outcome,
             },
@@ -403,7 +417,11 @@ impl Acquirer<'_> {
 
         let config = store.keep_config(&image.config)?;
         let reference = without_password(known.request.reference);
-        let reference = ReferenceRecord { reference, manifest: image.manifest, evidence, confirmed_at };
+        // What the tag means was said before, if it was not asked now.
+        let meaning = settings.meaning_of(known.request.reference);
+        let meant = meaning.filter(|meaning| evidence.digests.contains(&meaning.digest));
+        let said_at = meant.map_or(confirmed_at, |meaning| meaning.asked_at.min(confirmed_at));
+        let reference = ReferenceRecord { reference, manifest: image.manifest, evidence, confirmed_at: said_at };
         let manifest = ManifestRecord { origin: image.origin, config, layers: image.layers, confirmed_at };
         store.confirm(uid, &reference, &manifest)?;
         let (manifest, config, evidence) = (reference.manifest, image.config, reference.evidence);
@@ -441,7 +459,7 @@ pub fn crowded(store: &Store, high: Watermark) -> String {
 }
 
 /// Whether something confirmed at `at` still counts. The future does not: it comes from a wrong clock.
-fn is_fresh(at: u64, confirmation: Duration) -> bool {
+pub fn is_fresh(at: u64, confirmation: Duration) -> bool {
     now().checked_sub(at).is_some_and(|age| age < confirmation.as_secs())
 }
 

@@ -239,6 +239,7 @@ fn request(args: &StartOptions, context: &Context, named: &Environment) -> StepR
         step: None,
         image: None,
         pull: None,
+        meaning: None,
         name: None,
         job_scope: false,
         save: None,

@@ -1,0 +1,165 @@
+//! What `srun` asks for all nodes of a step before it starts: what an image's tag means.
+
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::SystemTime;
+
+use spank_pyxis::cli::MEANING;
+use spank_pyxis::request::Meaning;
+
+use crate::content::Content;
+use crate::server::{Delivery, Reply, Request, Server};
+
+/// A user at a machine with a configuration.
+struct Submit {
+    home: tempfile::TempDir,
+    server: Server,
+}
+
+impl Submit {
+    fn new(answer: impl Fn(&Request) -> Reply + Send + Sync + 'static) -> Self {
+        Self { home: tempfile::tempdir().unwrap(), server: Server::start(answer) }
+    }
+
+    /// The answer, if there is one.
+    fn ask(&self, image: &str, policy: Option<&str>, more: &str) -> Option<Meaning> {
+        let host = self.server.host();
+        let config = self.home.path().join("pyxis.toml");
+        std::fs::write(&config, format!("{more}\n[registry.\"{host}\"]\ninsecure = true\n")).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pyxis"));
+        command.arg0(MEANING).arg(config).args(policy).env_clear().env("HOME", self.home.path());
+        command.env("ENROOT_SYSCONF_PATH", "/nonexistent");
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), image.as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(output.status.success(), !text.is_empty(), "{text}");
+        output.status.success().then(|| Meaning::parse(text.trim_end()).unwrap())
+    }
+
+    fn cache(&self) -> Vec<PathBuf> {
+        let files = std::fs::read_dir(self.home.path().join(".cache/pyxis/tags")).unwrap();
+        files.map(|file| file.unwrap().path()).collect()
+    }
+
+    /// Makes what is known `seconds` older.
+    fn age(&self, seconds: u64) {
+        for file in self.cache() {
+            let mut entry: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+            entry["asked_at"] = (entry["asked_at"].as_u64().unwrap() - seconds).into();
+            std::fs::write(file, entry.to_string()).unwrap();
+        }
+    }
+}
+
+/// As registries do it, with the digest in a header.
+fn registry() -> Submit {
+    let content = Content::simple(1000);
+    let digest = spank_pyxis::registry::sha256(content.manifest("latest").to_string().as_bytes());
+    Submit::new(move |request| content.answer(request).header("Docker-Content-Digest", digest.to_string()))
+}
+
+#[test]
+fn a_tag_is_asked_for_once_in_a_while() {
+    let submit = registry();
+    let image = format!("{}/team/image", submit.server.host());
+    let digest = spank_pyxis::registry::sha256(Content::simple(1000).manifest("latest").to_string().as_bytes());
+    let first = submit.ask(&image, None, "").unwrap();
+    assert_eq!((first.digest, first.name.as_str()), (digest, format!("{image}:latest").as_str()));
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+    assert!(first.asked_at <= now && first.asked_at + 60 > now, "{first:?}");
+    // Registries do not count this as a pull.
+    let requests = submit.server.requests();
+    assert_eq!((requests.len(), requests[0].method.as_str()), (1, "HEAD"));
+    assert_eq!(submit.ask(&image, None, ""), Some(first.clone()));
+    assert_eq!(submit.ask(&image, Some("recent"), ""), Some(first));
+    assert_eq!(submit.server.requests().len(), 1);
+    submit.age(300);
+    assert!(submit.ask(&image, None, "").is_some());
+    assert_eq!(submit.server.requests().len(), 2);
+    assert!(submit.ask(&image, Some("always"), "").is_some());
+    assert!(submit.ask(&image, None, "store.pull = \"always\"").is_some());
+    assert_eq!(submit.server.requests().len(), 4);
+}
+
+#[test]
+fn it_is_not_asked_for_where_it_does_not_matter() {
+    let submit = registry();
+    let host = submit.server.host();
+    let image = format!("{host}/team/image");
+    for (image, policy, more) in [
+        (image.as_str(), Some("missing"), ""),
+        (&image, Some("never"), ""),
+        (&image, None, "store.pull = \"missing\""),
+        (&image, None, "network.submit_timeout = 0"),
+        (&format!("{image}@sha256:{}", "0".repeat(64)), None, ""),
+        ("/x.sqsh", None, ""),
+        ("Not An Image", None, ""),
+    ] {
+        assert_eq!(submit.ask(image, policy, more), None, "{image}");
+    }
+    assert_eq!(submit.server.requests().len(), 0);
+}
+
+#[test]
+fn a_registry_that_is_silent_is_waited_for_once() {
+    let submit = Submit::new(|_| Reply::ok("{}").delivery(Delivery::Stall(0)).header("Content-Length", "9"));
+    let image = format!("{}/team/image", submit.server.host());
+    for _ in 0..3 {
+        assert_eq!(submit.ask(&image, None, "network.submit_timeout = 1"), None);
+        // One try: a request for the digest, and perhaps for the manifest.
+        let requests = submit.server.requests();
+        assert!((1..=2).contains(&requests.len()), "{requests:?}");
+    }
+    let before = submit.server.requests().len();
+    submit.age(301);
+    assert_eq!(submit.ask(&image, None, "network.submit_timeout = 1"), None);
+    assert!(submit.server.requests().len() > before);
+}
+
+#[test]
+fn a_no_is_asked_for_again() {
+    let there = Arc::new(AtomicUsize::new(0));
+    let content = Content::simple(1000);
+    let submit = Submit::new({
+        let there = Arc::clone(&there);
+        move |request| if there.load(Ordering::SeqCst) == 0 { Reply::status(404) } else { content.answer(request) }
+    });
+    let image = format!("{}/team/image", submit.server.host());
+    assert_eq!(submit.ask(&image, None, ""), None);
+    there.store(1, Ordering::SeqCst);
+    // Without a header the manifest itself is looked at.
+    let digest = spank_pyxis::registry::sha256(Content::simple(1000).manifest("latest").to_string().as_bytes());
+    assert_eq!(submit.ask(&image, None, "").map(|meaning| meaning.digest), Some(digest));
+}
+
+#[test]
+fn short_names_mean_what_they_mean_to_nodes() {
+    let submit = registry();
+    let host = submit.server.host();
+    let alias = format!("[short_names]\naliases = {{ tool = \"{host}/team/image\" }}");
+    let meaning = submit.ask("tool:latest", None, &alias).unwrap();
+    assert_eq!(meaning.name, format!("{host}/team/image:latest"));
+}
+
+#[test]
+fn without_a_place_to_remember_nothing_is_asked() {
+    let submit = registry();
+    std::fs::write(submit.home.path().join(".cache"), "").unwrap();
+    assert_eq!(submit.ask(&format!("{}/team/image", submit.server.host()), None, ""), None);
+    assert_eq!(submit.server.requests().len(), 0);
+}
+
+#[test]
+fn passwords_are_not_written_down() {
+    let submit = registry();
+    let image = format!("user:open-sesame@{}#team/image", submit.server.host());
+    let meaning = submit.ask(&image, None, "").unwrap();
+    assert!(!meaning.to_string().contains("open-sesame"), "{meaning}");
+    for file in submit.cache() {
+        assert!(!std::fs::read_to_string(&file).unwrap().contains("open-sesame"));
+    }
+}
