@@ -8,11 +8,12 @@ use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
 use spank_pyxis::broker::import::{AcquireRequest, AcquiredImage, ImportError, ImportEvent, acquire_through};
+use spank_pyxis::image::digest::Digest;
 use spank_pyxis::image::reference::ImageReference;
 use spank_pyxis::importer::protocol::{Command, FailureKind, Report};
 use spank_pyxis::registry::config::{Mirror, PullFromMirror, RegistryEntry};
-use spank_pyxis::request::{Environment, PullPolicy, User};
-use spank_pyxis::store::{Goal, Watermark, Watermarks};
+use spank_pyxis::request::{Environment, Meaning, PullPolicy, User};
+use spank_pyxis::store::{Goal, Watermark, Watermarks, now};
 
 use crate::fake::{FakeImporter, Registries, Repository, answer, digest, image_of, layer};
 use crate::{NoMounts, Site, site};
@@ -482,6 +483,55 @@ fn the_policy_says_when_the_registry_is_asked() {
         assert_eq!(acquire(&site).manifest != old, moved, "{policy:?}");
         site.assert_tidy();
     }
+}
+
+/// What all nodes of a step have been told that a tag means counts for more than what this one knows, or would find.
+#[test]
+fn nodes_use_what_they_were_told() {
+    let mut site = site();
+    let registries = Registries::new([("host.example/app", Repository::with("gzip", &["old"]))]);
+    let importer = FakeImporter::honest(&registries);
+    let acquire = |site: &Site| site.acquire(&importer, ALICE, "host.example/app").unwrap();
+    let told = |digest: Digest, age: u64| {
+        let name = "host.example/app:latest".to_owned();
+        Some(Meaning { asked_at: now() - age, digest, name })
+    };
+    let old = acquire(&site).manifest;
+    registries.change("host.example/app", |repository| {
+        let before = repository.images["latest"].clone();
+        repository.push("latest", "gzip", &["new"]);
+        repository.images.insert("before".into(), before);
+    });
+    let new = {
+        let other = crate::site();
+        other.acquire(&importer, BOB, "host.example/app").unwrap().manifest
+    };
+    registries.counts();
+    site.settings.meaning = told(old, 200);
+    assert_eq!((acquire(&site).manifest, registries.counts()), (old, (0, 0, 0)));
+    site.settings.meaning = told(new, 200);
+    assert_eq!((acquire(&site).manifest, registries.counts()), (new, (1, 0, 1)));
+    assert_eq!((acquire(&site).manifest, registries.counts()), (new, (0, 0, 0)));
+    // It was said 200 seconds ago, and counts no longer than what was asked for then.
+    site.settings.meaning = None;
+    assert_eq!((acquire(&site).manifest, registries.counts()), (new, (0, 0, 0)));
+    site.settings.confirmation = Duration::from_secs(150);
+    acquire(&site);
+    assert_eq!(registries.counts().0, 1);
+    // Another image's is nothing to this one, and so is one where the tag is not to be asked for.
+    let elsewhere = told(old, 0).map(|meaning| Meaning { name: "host.example/other:latest".into(), ..meaning });
+    site.settings.meaning = elsewhere;
+    assert_eq!(acquire(&site).manifest, new);
+    (site.settings.meaning, site.settings.pull) = (told(old, 0), PullPolicy::Missing);
+    assert_eq!(acquire(&site).manifest, new);
+    // A registry that does not have it any more, or a mirror that does not have it yet: what the tag means there.
+    (site.settings.meaning, site.settings.pull) = (told(digest("gone"), 0), PullPolicy::Recent);
+    assert_eq!(acquire(&site).manifest, new);
+    // What a user may have is still the registry's to say.
+    registries.change("host.example/app", |repository| repository.users = vec![BOB]);
+    (site.settings.meaning, site.settings.confirmation) = (told(old, 0), Duration::ZERO);
+    refused(site.acquire(&importer, ALICE, "host.example/app"), FailureKind::Denied);
+    site.assert_tidy();
 }
 
 #[test]
