@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::Command;
 
 use anyhow::{Result, ensure};
 use testbed::{Output, process, wait};
@@ -258,8 +257,7 @@ fn without_a_command_line(world: &mut World) -> Result<()> {
 /// Which knows no options of plugins: the job's environment asks for the container.
 fn through_slurmrestd(world: &mut World) -> Result<()> {
     // From 23.02 on the interface is the same in several releases, and a name of it is said on its own.
-    let mut list = Command::new("/usr/sbin/slurmrestd");
-    list.args(["-d", "list"]).env("SLURM_CONF", world.bed.cluster.config());
+    let mut list = world.bed.cluster.command(0, "/usr/sbin/slurmrestd", ["-d", "list"]);
     let known = process::run(&mut list, wait::DEADLINE)?;
     let is_new = format!("{}{}", known.stdout, known.stderr).contains("v0.0.42");
     let (version, plugins) = match is_new {
