@@ -164,10 +164,13 @@ impl World {
 
     /// Cancels whatever runs, after a test that failed.
     pub fn end_all_jobs(&self) {
-        for index in 0..2 {
-            let uid = self.user(index).uid.to_string();
-            // What cannot be cancelled is reported by the look at the nodes that follows.
-            let _ = self.bed.cluster.admin("scancel", ["--user", &uid]);
+        let others = self.gpus.iter().map(|gpus| &gpus.bed).chain(&self.pods);
+        for bed in others.chain([&self.bed]) {
+            for index in 0..2 {
+                let uid = bed.cluster.user(index).uid.to_string();
+                // What cannot be cancelled is reported by the look at the nodes that follows.
+                let _ = bed.cluster.admin("scancel", ["--user", &uid]);
+            }
         }
         self.proxy.set(testbed::proxy::Behaviour::Pass);
     }

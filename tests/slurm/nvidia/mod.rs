@@ -2,7 +2,6 @@
 
 mod compat;
 mod fabric;
-mod joining;
 mod node;
 mod parts;
 mod specifications;
@@ -21,7 +20,7 @@ use node::{VERSION, uuid};
 
 /// The cases of this module and of those below it.
 pub fn cases() -> Vec<Case> {
-    [CASES, compat::CASES, fabric::CASES, joining::CASES, parts::CASES, specifications::CASES, wanting::CASES].concat()
+    [CASES, compat::CASES, fabric::CASES, parts::CASES, specifications::CASES, wanting::CASES].concat()
 }
 
 const CASES: &[Case] = &[
