@@ -20,7 +20,7 @@ use spank_pyxis::image::reference::ImageReference;
 use spank_pyxis::importer::pipe;
 use spank_pyxis::importer::protocol::{self, ImportLimits, LayerDescriptor, Report};
 use spank_pyxis::registry::config::{RegistryConfig, RegistryEntry};
-use spank_pyxis::registry::proxy::Variables;
+use spank_pyxis::registry::proxy::{Source, Variables};
 use spank_pyxis::sys::channel::{self, Channel};
 use testbed::registry::{Registry, RegistryOptions};
 use testbed::{Site, images};
@@ -133,7 +133,7 @@ fn run_import(registry: &Registry, directory: &Path) -> Result<Run> {
         &protocol::Command::Resolve {
             reference,
             registries: Box::new(registries),
-            job_proxy: Variables::default(),
+            proxy: (Source::Job, Variables::default()),
             site_files: vec![],
             limits,
         },

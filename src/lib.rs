@@ -9,6 +9,7 @@
 //!   `sys`: network, archive and crypto code is never linked into the plugin.
 //! * `broker`, `importer` and `init` are the three processes of a container start, each with an identity of its own.
 
+pub mod agreement;
 pub mod broker;
 pub mod cli;
 pub mod config;

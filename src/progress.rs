@@ -108,6 +108,7 @@ impl Progress {
             // Whoever is told of a process or a line has other means.
             ImportEvent::NetworkStart
             | ImportEvent::Process { .. }
+            | ImportEvent::Meant(_)
             | ImportEvent::Warning(_)
             | ImportEvent::Crowded(_)
             | ImportEvent::Log(_) => return None,

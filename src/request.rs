@@ -32,7 +32,7 @@ pub struct StepRequest {
     /// `--container-pull`; `None` leaves it to the configuration.
     #[serde(default)]
     pub pull: Option<PullPolicy>,
-    /// What the image's tag means for all nodes of the step, if `srun` has asked: a [`Meaning`] as text.
+    /// What `srun` says about the image's tag, for all nodes of the step: a [`TagMeaning`] as text.
     #[serde(default)]
     pub meaning: Option<String>,
     /// `--container-name`.
@@ -184,6 +184,9 @@ impl PullPolicy {
     }
 }
 
+/// Most bytes of a [`Meaning`] or [`Place`] as text.
+pub const MAX_MEANING: usize = 4096;
+
 /// What the tag of an image means: as text the time, the digest and the name, with blanks between them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Meaning {
@@ -207,6 +210,53 @@ impl Meaning {
         let mut words = text.splitn(3, ' ');
         let (asked_at, digest) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
         Some(Self { asked_at, digest, name: words.next()?.to_owned() })
+    }
+}
+
+/// Where nodes are told what a tag means ([`crate::agreement`]): a port of `srun`'s machine, and the key for it. As text `at`,
+/// the port and the key, with blanks between them.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// TCP port.
+    pub port: u16,
+    /// 32 hexadecimal digits, which only the step's nodes know.
+    pub key: String,
+}
+
+impl fmt::Debug for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Place").field("port", &self.port).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "at {} {}", self.port, self.key)
+    }
+}
+
+impl Place {
+    fn parse(text: &str) -> Option<Self> {
+        let (port, key) = text.strip_prefix("at ")?.split_once(' ')?;
+        let is_key = key.len() == 32 && key.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let port = port.parse().ok().filter(|port| *port > 0 && is_key)?;
+        Some(Self { port, key: key.to_owned() })
+    }
+}
+
+/// What `srun` says about a tag.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TagMeaning {
+    /// What it means.
+    Known(Meaning),
+    /// Where nodes agree on it.
+    Asked(Place),
+}
+
+impl TagMeaning {
+    /// Reads a line of either.
+    pub fn parse(text: &str) -> Option<Self> {
+        Meaning::parse(text).map(Self::Known).or_else(|| Place::parse(text).map(Self::Asked))
     }
 }
 
@@ -396,6 +446,19 @@ mod tests {
         assert_eq!(Meaning::parse(&text), Some(meaning));
         for text in ["", "7", "7 sha256:00 x", "x sha256:00 y", &text[2..]] {
             assert_eq!(Meaning::parse(text), None, "{text}");
+        }
+        assert_eq!(TagMeaning::parse(&text), Meaning::parse(&text).map(TagMeaning::Known));
+    }
+
+    #[test]
+    fn a_place_is_a_line() {
+        let place = Place { port: 60001, key: "0f".repeat(16) };
+        let text = place.to_string();
+        assert_eq!(text, format!("at 60001 {}", "0f".repeat(16)));
+        assert!(!format!("{place:?}").contains("0f0f"));
+        assert_eq!(TagMeaning::parse(&text), Some(TagMeaning::Asked(place)));
+        for text in ["at", "at 0 00", &text[..text.len() - 1], &text.replace("60001", "0"), &text.replace("0f", "0x")] {
+            assert_eq!(TagMeaning::parse(text), None, "{text}");
         }
     }
 

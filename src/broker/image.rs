@@ -4,11 +4,13 @@
 
 mod site_importer;
 
+use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use super::import::{
-    self, AcquireRequest, AcquiredImage, ImportError, ImportEvent, ImportSettings, LocalRequest, OpenedImage,
+    self, AcquireRequest, AcquiredImage, Agreed, AskingTurn, ImportError, ImportEvent, ImportSettings, LocalRequest,
+    OpenedImage,
 };
 use super::squashfs::{self, FuseServer, Method};
 use super::{BrokerError, Leader, failed};
@@ -18,7 +20,7 @@ use crate::image::reference::ImageReference;
 use crate::metrics::{Meter, Metrics};
 use crate::policy::Policy;
 use crate::progress::{Progress, Update};
-use crate::request::{Environment, ImageSource, LocalImage, Meaning, StepRequest};
+use crate::request::{Environment, ImageSource, LocalImage, Meaning, Place, StepRequest, TagMeaning};
 use crate::rootfs::cgroups;
 use crate::source::importer::ImporterCall;
 use crate::store::Store;
@@ -39,6 +41,8 @@ pub(super) struct Acquisition<'a, 'b> {
     pub metrics: &'a Metrics,
     /// What has happened so far.
     pub meter: Meter,
+    /// Whether other nodes of the step wait for what this one learns of the image's tag.
+    pub turn: Option<AskingTurn>,
 }
 
 /// What a container can be made from.
@@ -98,11 +102,19 @@ impl Acquisition<'_, '_> {
         self.announce(typed);
         let (store, mut settings) = (self.store()?, self.config.import_settings());
         settings.pull = self.request.pull.unwrap_or(settings.pull);
-        settings.meaning = self.request.meaning.as_deref().and_then(Meaning::parse);
+        let shell = self.request.step.is_none().then(|| self.config.proxy.of_shell(self.environment));
+        settings.shell = shell;
+        settings.meaning = match self.request.meaning.as_deref().and_then(TagMeaning::parse) {
+            Some(TagMeaning::Known(meaning)) => Some(meaning),
+            Some(TagMeaning::Asked(place)) if settings.asks_for_tags() => self.agree(typed, &settings, &place)?,
+            _ => None,
+        };
         let wanted = AcquireRequest { user: &self.request.user, reference, environment: self.environment };
         let in_use = self.in_use;
         let image = self
             .watch(Some(typed), |cancel, events| import::acquire(&store, &settings, wanted, in_use, cancel, events));
+        // Whoever waits for what was not learned need not wait for the rest of it.
+        self.turn = None;
         self.count(image.as_ref());
         let image = image.map_err(|error| match import_error(typed, &error) {
             BrokerError::Import { image, reason, .. } => {
@@ -112,6 +124,36 @@ impl Acquisition<'_, '_> {
         })?;
         self.conclude(typed, image.from_network);
         Ok(image)
+    }
+
+    /// What the tag of the image means, if another node of the step has learned it.
+    fn agree(&mut self, typed: &str, settings: &ImportSettings, place: &Place) -> Result<Option<Meaning>, BrokerError> {
+        self.leader.wait_until_arrived()?;
+        let Some(address) = self.leader.launched_from.as_deref() else { return Ok(None) };
+        let leader = &*self.leader;
+        let agreed = match address.parse::<IpAddr>() {
+            Err(_) => Agreed::Alone("no address".into()),
+            Ok(address) => {
+                let cancel: [BorrowedFd<'_>; 2] = [leader.channel.as_fd(), self.life.as_fd()];
+                import::agree(settings, &self.request.user, (address, place), &cancel, |pid| {
+                    if let Err(error) = cgroups::join(pid, leader.pid) {
+                        tracing::warn!("process {pid} stays outside the job's cgroup: {}", sys::reason(error));
+                    }
+                })
+                .map_err(|error| import_error(typed, &error))?
+            }
+        };
+        match agreed {
+            Agreed::Known(meaning) => return Ok(Some(meaning)),
+            Agreed::Ours(turn) => self.turn = Some(turn),
+            Agreed::Nobody => {}
+            Agreed::Alone(reason) => leader.say(UserMessage::Notice(format!(
+                "pyxis: {typed}: cannot agree with the step's other nodes on what the tag means ({address}, port {}: \
+                 {reason}): this node asks the registry for itself",
+                place.port
+            ))),
+        }
+        Ok(None)
     }
 
     /// That a name of no image is one of a file: users forget that paths begin with a dot or a slash.
@@ -177,7 +219,7 @@ impl Acquisition<'_, '_> {
     ) -> Result<T, ImportError> {
         let in_step = self.request.step.is_some();
         let mut progress = announced.map(|typed| Progress::new(typed, &self.config.progress));
-        let (leader, meter) = (&mut *self.leader, &mut self.meter);
+        let (leader, meter, turn) = (&mut *self.leader, &mut self.meter, &mut self.turn);
         let cancel: [BorrowedFd<'_>; 2] = [leader.channel.as_fd(), self.life.as_fd()];
         let mut gone = false;
         let image = work(&cancel, &mut |event| {
@@ -196,6 +238,11 @@ impl Acquisition<'_, '_> {
                 ImportEvent::Process { pid } => {
                     if let Err(error) = cgroups::join(pid, leader.pid) {
                         tracing::warn!("importer {pid} stays outside the job's cgroup: {}", sys::reason(error));
+                    }
+                }
+                ImportEvent::Meant(meaning) => {
+                    if let Some(turn) = turn.take() {
+                        turn.tell(meaning);
                     }
                 }
                 ImportEvent::Warning(text) => leader.say(UserMessage::Notice(format!("pyxis: {text}"))),

@@ -40,7 +40,8 @@ impl Step<'_> {
     pub(super) fn acquire(&mut self) -> Result<Image, BrokerError> {
         let Self { leader, life, config, request, environment, mounts, metrics, .. } = self;
         let (in_use, meter) = (&InUse::new(mounts, &config.container.path), Meter::default());
-        let mut acquisition = Acquisition { leader, life, config, request, environment, in_use, metrics, meter };
+        let mut acquisition =
+            Acquisition { leader, life, config, request, environment, in_use, metrics, meter, turn: None };
         let image = acquisition.acquire()?;
         self.imported = acquisition.meter.imported();
         let of_squashfs =
@@ -111,7 +112,8 @@ impl Step<'_> {
         let Self { leader, life, config, request, environment, mounts, metrics, imported, .. } = self;
         *imported = true;
         let (in_use, meter) = (&InUse::new(mounts, &config.container.path), Meter::default());
-        let mut acquisition = Acquisition { leader, life, config, request, environment, in_use, metrics, meter };
+        let mut acquisition =
+            Acquisition { leader, life, config, request, environment, in_use, metrics, meter, turn: None };
         match acquisition.again(&exact) {
             Ok(image) if image.layers.iter().map(|layer| &layer.diff_id).eq(layers) => Ok(image.layers),
             Ok(_) => Err(lost("the registry has other ones now".into())),

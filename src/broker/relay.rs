@@ -25,6 +25,8 @@ pub(super) struct Leader<'a> {
     pub pid: Pid,
     /// It is in `task_init`, and so in its cgroups.
     arrived: bool,
+    /// See [`ToBroker::LaunchedFrom`].
+    pub launched_from: Option<String>,
     /// What it sent with `Proceed`.
     proceed: Option<Proceed>,
     /// What it has answered to `WantDevices`.
@@ -40,7 +42,7 @@ struct Proceed {
 
 impl<'a> Leader<'a> {
     pub fn new(channel: &'a Channel<ToLeader, ToBroker>, pid: Pid) -> Self {
-        Self { channel, pid, proceed: None, devices: None, arrived: false }
+        Self { channel, pid, proceed: None, devices: None, arrived: false, launched_from: None }
     }
 
     pub fn say(&self, message: UserMessage) {
@@ -55,6 +57,7 @@ impl<'a> Leader<'a> {
 
     fn receive(&mut self) -> Result<(), BrokerError> {
         match self.channel.receive().map_err(failed("task"))? {
+            Some((ToBroker::LaunchedFrom { address }, _)) => self.launched_from = Some(address),
             Some((ToBroker::Arrived, _)) => self.arrived = true,
             Some((ToBroker::Proceed { cgroup_namespace, devices }, descriptors)) => {
                 self.proceed = Some(Proceed { cgroup_namespace, devices, descriptors });

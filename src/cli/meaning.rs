@@ -1,20 +1,22 @@
 //! What the tag of an image means, for all nodes of a step: asked once by `srun`, as the user, before the step is launched.
 //!
 //! `srun` waits for it, so it takes no more than a moment: what was learned, or could not be learned, a short time ago is in
-//! `~/.cache/pyxis/tags`, one file for an image. Where that is not known soon, nothing is said, and each node asks for
-//! itself.
+//! `~/.cache/pyxis/tags`, one file for an image. Where that is not known soon, it says where the nodes agree on it instead
+//! ([`rendezvous`](super::rendezvous)).
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
 use super::enroot::{Context, is_a_no};
+use super::rendezvous;
 use crate::broker::import::{is_fresh, without_password};
 use crate::image::reference::ImageReference;
 use crate::options::Options;
@@ -28,6 +30,11 @@ use crate::sys::process::exit_now;
 const MAX_NAME: u64 = 16 << 10;
 /// How often another process is looked at that asks already.
 const PAUSE: Duration = Duration::from_millis(20);
+/// Most time that is spent, whatever is configured: the plugin gives up soon afterwards.
+const MOST_TIME: Duration = Duration::from_secs(8);
+
+/// Whether the answer has been given, or is given by another thread.
+static ANSWERED: AtomicBool = AtomicBool::new(false);
 
 type Error = Box<dyn std::error::Error>;
 
@@ -40,52 +47,80 @@ struct Entry {
     meaning: Option<Meaning>,
 }
 
-/// The role: the configuration's path and, if the user has said so, when to ask are its arguments, the image's name is its
-/// input, a [`Meaning`] its output.
+/// What was found out.
+enum Found {
+    Known(Meaning),
+    /// It is not asked for.
+    NotAsked,
+    /// It is, but not answered.
+    Unknown,
+}
+
+/// The role: the configuration's path, the number of the step's nodes (0: who knows) and, if the user has said so, when to
+/// ask are its arguments, the image's name is its input, a [`Meaning`] or the place where nodes agree on it its output.
 pub fn main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let config = arguments.next().map(PathBuf::from).unwrap_or_default();
+    let nodes = arguments.next().unwrap_or_default();
     let policy = arguments.next().and_then(|name| PullPolicy::of(name.to_str()?));
-    match find(&config, policy) {
-        Ok(Some(meaning)) => {
+    // What fails here may work on the nodes.
+    let found = find(&config, &nodes, policy).unwrap_or(Found::Unknown);
+    if ANSWERED.swap(true, Ordering::SeqCst) {
+        loop {
+            std::thread::park();
+        }
+    }
+    match found {
+        Found::Known(meaning) => {
             // Nobody is there to be told that nobody listens.
             let _ = writeln!(io::stdout(), "{meaning}");
             ExitCode::SUCCESS
         }
-        _ => ExitCode::FAILURE,
+        Found::NotAsked => ExitCode::FAILURE,
+        Found::Unknown => rendezvous::become_one(&nodes),
     }
 }
 
-fn find(config: &Path, policy: Option<PullPolicy>) -> Result<Option<Meaning>, Error> {
+fn find(config: &Path, nodes: &OsStr, policy: Option<PullPolicy>) -> Result<Found, Error> {
     let mut typed = String::new();
     io::stdin().take(MAX_NAME).read_to_string(&mut typed)?;
     let mut options = Options::default();
-    options.set(OptionId::Image, typed.as_bytes())?;
-    let Some(ImageSource::Registry { reference, .. }) = options.image else { return Ok(None) };
+    let image = options.set(OptionId::Image, typed.as_bytes()).ok().and(options.image);
+    let reference = match image {
+        Some(ImageSource::Registry { reference, .. }) if reference.digest().is_none() => reference,
+        _ => return Ok(Found::NotAsked),
+    };
     let mut context = Context::load(config)?;
     let (network, store) = (&mut context.config.network, &context.config.store);
     let policy = policy.unwrap_or(store.pull);
     let asks = matches!(policy, PullPolicy::Always | PullPolicy::Recent);
-    if reference.digest().is_some() || !asks || network.submit_timeout == 0 {
-        return Ok(None);
+    if !asks {
+        return Ok(Found::NotAsked);
     }
-    let time = Duration::from_secs(network.submit_timeout.into());
+    if network.submit_timeout == 0 {
+        return Ok(Found::Unknown);
+    }
+    let time = Duration::from_secs(network.submit_timeout.into()).min(MOST_TIME);
     network.attempts = 1;
     let confirmation = Duration::from_secs(store.confirmation_seconds.into());
     // Without a place to remember that a registry cannot be reached, every step would wait for it.
     let cache = Cache::open(&context, &reference)?;
     let deadline = SystemTime::now() + time;
     // Whatever hangs: a registry, a helper, a file system.
+    let nodes = nodes.to_owned();
     std::thread::Builder::new().name("deadline".into()).spawn(move || {
         std::thread::sleep(time);
-        exit_now(1)
+        if !ANSWERED.swap(true, Ordering::SeqCst) {
+            rendezvous::become_one(&nodes);
+            exit_now(1);
+        }
     })?;
     while let Some(Entry { asked_at, meaning }) = cache.read().filter(|entry| is_fresh(entry.asked_at, confirmation)) {
         match meaning {
             Some(_) if policy == PullPolicy::Always => break,
-            Some(meaning) => return Ok(Some(meaning)),
+            Some(meaning) => return Ok(Found::Known(meaning)),
             // Another step's srun asks now, or has not got an answer in time.
             None if is_fresh(asked_at, time) && SystemTime::now() < deadline => std::thread::sleep(PAUSE),
-            None => return Ok(None),
+            None => return Ok(Found::Unknown),
         }
     }
     let asked_at = now();
@@ -95,7 +130,7 @@ fn find(config: &Path, policy: Option<PullPolicy>) -> Result<Option<Meaning>, Er
         Ok((found, digest)) => {
             let meaning = Meaning { asked_at, digest, name: found.to_string() };
             cache.write(&Entry { asked_at, meaning: Some(meaning.clone()) })?;
-            Ok(Some(meaning))
+            Ok(Found::Known(meaning))
         }
         Err(error) => {
             // It answers at once: there is no harm in asking again.

@@ -14,6 +14,7 @@ mod meaning;
 mod metrics;
 mod prompt;
 mod pull;
+mod rendezvous;
 mod run;
 mod supervise;
 mod unprivileged;
@@ -52,6 +53,10 @@ pub const RELEASE: &str = "pyxis-release";
 
 /// `argv[0]` of the process that asks what a tag means; see `meaning`.
 pub const MEANING: &str = "pyxis-meaning";
+/// `argv[0]` of the process beside `srun` where nodes agree on what a tag means; see [`crate::agreement::host`].
+pub const RENDEZVOUS: &str = "pyxis-rendezvous";
+/// `argv[0]` of a node's process that asks it; see [`crate::agreement::guest`].
+pub const GUEST: &str = "pyxis-guest";
 
 /// `argv[0]` of the process that asks NVML; see [`crate::devices::nvidia::inventory`].
 pub const INVENTORY: &str = "pyxis-inventory";
@@ -114,6 +119,8 @@ pub fn main() -> ExitCode {
         Some(role) if role == EPILOG.as_bytes() => container::collect::epilog_role(arguments),
         Some(role) if role == RELEASE.as_bytes() => crate::broker::import::release_role(arguments),
         Some(role) if role == MEANING.as_bytes() => meaning::main(arguments),
+        Some(role) if role == RENDEZVOUS.as_bytes() => rendezvous::main(arguments),
+        Some(role) if role == GUEST.as_bytes() => crate::broker::import::guest_role(arguments),
         _ => typed(),
     }
 }

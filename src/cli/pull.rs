@@ -11,7 +11,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Pid, WaitOptions};
 use serde::{Deserialize, Serialize};
 
-use super::run::look_up;
+use super::run::{join, look_up};
 use crate::broker;
 use crate::broker::import::{AcquireRequest, ImportEvent, acquire};
 use crate::config::Config;
@@ -165,8 +165,7 @@ fn reference(typed: &str) -> Result<ImageReference, Error> {
 /// As a login of the user's would have it, as far as it matters to his credentials.
 fn environment(user: &User) -> Result<Environment, Error> {
     if user.uid == rustix::process::geteuid().as_raw() {
-        let variables = std::env::vars_os().map(|(name, value)| super::run::join(name, value));
-        return Ok(variables.collect());
+        return Ok(own_environment());
     }
     let account = nix::unistd::User::from_uid(user.uid.into())?.ok_or("--user: no such user")?;
     let mut environment = Environment::default();
@@ -174,6 +173,10 @@ fn environment(user: &User) -> Result<Environment, Error> {
     environment.set("USER", account.name.as_str());
     environment.set("PATH", crate::enroot::HOST_PATH);
     Ok(environment)
+}
+
+fn own_environment() -> Environment {
+    std::env::vars_os().map(|(name, value)| join(name, value)).collect()
 }
 
 fn start(
@@ -230,6 +233,7 @@ fn import(
     let mut settings = config.import_settings();
     // Whoever pulls wants what is there now.
     settings.pull = PullPolicy::Always;
+    settings.shell = Some(config.proxy.of_shell(&own_environment()));
     let wanted = AcquireRequest { user, reference, environment };
     let image = outcome.image.clone();
     let mut progress = Progress::new(&image, &config.progress);

@@ -17,6 +17,7 @@ use super::pipe::{self, Broken, Reader, Writer};
 use super::protocol::LayerDescriptor;
 use crate::image::digest::Digest;
 use crate::import::{LayerError, LayerLimits, LayerSummary, write_layer};
+use crate::registry::places::Useless;
 
 /// Enough for the deepest stage, TLS included, also without optimisation.
 const STACK: usize = 1 << 20;
@@ -53,9 +54,13 @@ pub enum ImportError {
 }
 
 impl ImportError {
-    /// Whether other bytes came than were asked for, as far as one can tell: the next time they may be the right ones.
-    pub fn is_damage(&self) -> bool {
-        matches!(self, Self::BlobDigest(_) | Self::Undiagnosed(_))
+    /// Whether another download may help, as far as one can tell.
+    pub fn sorted(self) -> Useless<Self> {
+        match self {
+            Self::BlobDigest(_) | Self::Undiagnosed(_) => Useless::Damaged(self),
+            Self::Download(_) => Useless::Unavailable(self),
+            _ => Useless::Anyway(self),
+        }
     }
 }
 

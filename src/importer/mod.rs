@@ -16,7 +16,6 @@ pub mod pipe;
 pub mod protocol;
 mod signature;
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
@@ -35,9 +34,9 @@ use crate::image::manifest::Descriptor;
 use crate::image::platform::Platform;
 use crate::import::{Converted, LayerError, LayerLimits, LayerSummary, write_squashfs};
 use crate::registry::TROUBLE;
-use crate::registry::client::Client;
 use crate::registry::credentials::remote::{Asker, RemoteKeys};
 use crate::registry::credentials::{Keyrings, SharedKeyring, no_keys};
+use crate::registry::places::{Places, Undelivered};
 use crate::registry::proxy::Proxies;
 use crate::registry::resolve::resolve;
 use crate::squashfs;
@@ -45,8 +44,6 @@ use crate::sys::channel::Channel;
 use crate::sys::memfile;
 use crate::trace::{Heard, Listener};
 
-/// How often a layer that arrives damaged is downloaded.
-const DOWNLOADS: usize = 3;
 /// How often progress is reported.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 /// Most characters about something that is tried again.
@@ -173,15 +170,8 @@ struct Image {
 
 /// Where its layers come from.
 enum Origin {
-    Registry(Box<RegistryOrigin>),
+    Registry(Places),
     Local(LocalImage),
-}
-
-/// An image's place in a registry.
-struct RegistryOrigin {
-    client: Arc<Client>,
-    /// The other places where the image may be, in order.
-    others: Vec<Arc<Client>>,
 }
 
 /// Finds the image, then works, with more threads like this one.
@@ -213,8 +203,8 @@ fn worker_count(most: usize) -> usize {
 fn find(start: Start, channel: &BrokerChannel) -> Result<Image, Failure> {
     let mut descriptors = start.descriptors.into_iter();
     let (image, report, config) = match start.command {
-        Command::Resolve { reference, mut registries, job_proxy, site_files, limits } => {
-            registries.proxies = Proxies::of_import(&registries.proxy, &job_proxy);
+        Command::Resolve { reference, mut registries, proxy: (source, said), site_files, limits } => {
+            registries.proxies = Proxies::of_import(&registries.proxy, (source, &said));
             let user: SharedKeyring = match descriptors.next() {
                 Some(channel) => Arc::new(RemoteKeys::new(Asker::from(channel))),
                 None => no_keys(),
@@ -234,14 +224,7 @@ fn find(start: Start, channel: &BrokerChannel) -> Result<Image, Failure> {
                 layers: layers.clone(),
                 warnings: found.warnings,
             };
-            let mut others = registries.endpoints(&reference);
-            others.retain(|endpoint| endpoint.origin() != found.client.endpoint().origin());
-            let client = |endpoint| {
-                let (keyring, user) = (SharedKeyring::clone(&keyring), reference.user.clone());
-                Arc::new(Client::new(endpoint, registries.network, keyring, user))
-            };
-            let others = others.into_iter().map(client).collect();
-            let origin = Origin::Registry(Box::new(RegistryOrigin { client: Arc::new(found.client), others }));
+            let origin = Origin::Registry(Places::new(found.client, found.others));
             (Image::new(origin, found.digests, layers, &limits), report, found.config_bytes)
         }
         Command::Open { form, wanted, name, shown, limits } => {
@@ -351,10 +334,9 @@ impl Image {
 fn examine(image: &Image, keys: &[String], digests: &[Digest]) -> Result<Report, Failure> {
     let found = match &image.origin {
         _ if keys.is_empty() => Err(String::new()),
-        Origin::Registry(origin) => {
-            let upstream = origin.others.iter().filter(|other| !other.endpoint().mirror);
-            let clients = std::iter::once(&origin.client).chain(upstream).map(AsRef::as_ref);
-            signature::find(clients, digests, keys)?
+        Origin::Registry(places) => {
+            let upstream = places.others().filter(|other| !other.endpoint().mirror);
+            signature::find(std::iter::once(places.found().as_ref()).chain(upstream), digests, keys)?
         }
         Origin::Local(_) => Err("it comes from no registry".into()),
     };
@@ -365,7 +347,7 @@ fn examine(image: &Image, keys: &[String], digests: &[Digest]) -> Result<Report,
 fn confirm(image: &Image, layer: usize) -> Result<Report, Failure> {
     let descriptor = image.layer(layer)?;
     let allowed = match &image.origin {
-        Origin::Registry(origin) => origin.client.may_have(&descriptor.blob)?,
+        Origin::Registry(places) => places.found().may_have(&descriptor.blob)?,
         // Nobody but the bytes can say so.
         Origin::Local(_) => false,
     };
@@ -378,8 +360,8 @@ fn fetch(image: &Image, layer: usize, out: &File, channel: &BrokerChannel) -> Re
     let progress = |bytes: u64| reported.add(bytes);
     let about = format!("layer {}", descriptor.blob);
     let summary = match &image.origin {
-        Origin::Registry(origin) => {
-            let summary = download(origin, layer, descriptor, (out, &image.limits), channel, progress);
+        Origin::Registry(places) => {
+            let summary = download(places, layer, descriptor, (out, &image.limits), channel, progress);
             let summary = summary.map_err(|failure| failure.about(&about))?;
             return Ok(Report::Fetched { layer, unpacked: summary.unpacked, image: summary.image });
         }
@@ -396,10 +378,9 @@ fn fetch(image: &Image, layer: usize, out: &File, channel: &BrokerChannel) -> Re
     Ok(Report::Fetched { layer, unpacked: summary.unpacked, image: summary.image })
 }
 
-/// Imports a layer from a registry: again if it arrives damaged, and from another place, if there is one, in either case in
-/// which this one is of no use.
+/// Imports a layer from a registry, or from another place that has it.
 fn download(
-    origin: &RegistryOrigin,
+    places: &Places,
     layer: usize,
     descriptor: &LayerDescriptor,
     (out, limits): (&File, &LayerLimits),
@@ -407,38 +388,23 @@ fn download(
     mut progress: impl FnMut(u64) + Send,
 ) -> Result<LayerSummary, Failure> {
     let blob = Descriptor { media_type: String::new(), digest: descriptor.blob, size: descriptor.size };
-    let mut places: VecDeque<&Arc<Client>> = std::iter::once(&origin.client).chain(&origin.others).collect();
-    let (mut damaged, mut failed): (Option<ImportError>, Option<ImportError>) = (None, None);
-    let mut asked: Vec<&str> = Vec::new();
-    for attempt in 0..DOWNLOADS {
-        let Some(client) = places.pop_front() else { break };
-        let host = client.endpoint().host.as_str();
-        if attempt > 0 {
-            let what = if damaged.is_some() { "arrived damaged" } else { "cannot be had where its image is" };
-            tracing::info!(target: TROUBLE, "layer {} {what}: downloading it from {host}", blob.digest);
-            out.set_len(0).map_err(|error| Failure::write(&error, "the layer image"))?;
-        }
-        asked.push(host);
-        match layer::import(Arc::clone(client).blob_stream(&blob), descriptor, out, limits, &mut progress) {
-            Ok(summary) => {
-                if !Arc::ptr_eq(client, &origin.client) {
-                    // A broker that is gone ends the process.
-                    let _ = channel.send(&Report::Elsewhere { layer, origin: client.endpoint().origin() }, &[]);
-                }
-                return Ok(summary);
+    let downloaded = places.download(&blob, |stream| {
+        let emptied = out.set_len(0).map_err(|error| ImportError::Layer(LayerError::Write(error)));
+        emptied
+            .and_then(|()| layer::import(stream, descriptor, out, limits, &mut progress))
+            .map_err(ImportError::sorted)
+    });
+    match downloaded {
+        Ok((summary, client)) => {
+            if !Arc::ptr_eq(client, places.found()) {
+                // A broker that is gone ends the process.
+                let _ = channel.send(&Report::Elsewhere { layer, origin: client.endpoint().origin() }, &[]);
             }
-            Err(error) if error.is_damage() => {
-                damaged = Some(error);
-                places.push_back(client);
-            }
-            Err(error @ ImportError::Download(_)) => failed = failed.or(Some(error)),
-            Err(error) => return Err(error.into()),
+            Ok(summary)
         }
-    }
-    let again = format!("downloaded {} times from {}: push the image again", asked.len(), asked.join(", "));
-    match (damaged, failed) {
-        (Some(damaged), _) => Err(Failure::from(damaged).with(&again)),
-        (None, Some(failed)) => Err(failed.into()),
-        (None, None) => Err(Failure::local("nowhere to download from")),
+        Err(Undelivered { error, again }) => {
+            let failure = Failure::from(error);
+            Err(again.into_iter().fold(failure, |failure, again| failure.with(&again)))
+        }
     }
 }

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::RegistryConfig;
 use crate::image::digest::Digest;
 use crate::image::reference::ImageReference;
-use crate::registry::proxy::Variables;
+use crate::registry::proxy::{Source, Variables};
 use crate::registry::site::SiteFile;
 use crate::request::LocalForm;
 use crate::source::SourceForm;
@@ -39,8 +39,8 @@ pub enum Command {
         reference: ImageReference,
         /// Mirrors, plain HTTP, timeouts.
         registries: Box<RegistryConfig>,
-        /// Proxies that the job names, as far as it may.
-        job_proxy: Variables,
+        /// Proxies that the job names, or the shell, as far as they may.
+        proxy: (Source, Variables),
         /// Files of the site's for the image's registry and its mirrors.
         site_files: Vec<SiteFile>,
         /// Bounds of one layer.

@@ -9,7 +9,7 @@ use super::state::State;
 use super::{Context, Failed, Item, Spank};
 use crate::options::arguments::Arguments;
 use crate::options::table::{OptionId, TABLE};
-use crate::request::{ImageSource, Meaning, PullPolicy};
+use crate::request::{ImageSource, MAX_MEANING, PullPolicy, TagMeaning};
 use crate::sys::command::{Stream, capture_fed, filled_pipe};
 use crate::task::UserMessage;
 
@@ -30,13 +30,11 @@ pub(super) const MERGED_LISTS: [(OptionId, &str); 4] = [
     (OptionId::Device, "SLURM_PYXIS_CONTAINER_DEVICE"),
 ];
 
-/// Carries what the image's tag means to the nodes.
+/// Carries what the image's tag means, or where nodes agree on it, to the nodes.
 pub(super) const MEANING: &str = "SLURM_PYXIS_CONTAINER_MEANING";
 
 /// When asking what the tag means is given up, whatever hangs; the executable itself gives up before, as configured.
 const MEANING_TIME: Duration = Duration::from_secs(10);
-/// Most bytes of the answer.
-const MAX_MEANING: usize = 4096;
 
 /// Reads the plugstack arguments.
 pub(super) fn parse_arguments(state: &mut State, spank: &mut dyn Spank, arguments: &[&str]) -> Result<(), Failed> {
@@ -79,7 +77,8 @@ pub(super) fn has_several_nodes(state: &State, spank: &dyn Spank) -> bool {
         || spank.number(Item::Nodes).is_ok_and(|nodes| nodes > 1)
 }
 
-/// What the image's tag means, as the executable finds out with the user's credentials, if it is here and does so soon.
+/// What the image's tag means, as the executable finds out with the user's credentials, if it is here and does so soon; else
+/// where the nodes agree on it: at a process that the executable leaves beside `srun`.
 pub(super) fn meaning_of_tag(state: &State, spank: &dyn Spank) -> Option<String> {
     let arguments = state.arguments.as_ref().ok().filter(|arguments| arguments.importer.is_none())?;
     let options = state.options().clone().with_environment(|name| spank.variable(name)).ok()?;
@@ -88,13 +87,17 @@ pub(super) fn meaning_of_tag(state: &State, spank: &dyn Spank) -> Option<String>
         return None;
     }
     let mut command = Command::new(&arguments.executable);
-    command.arg0(crate::cli::MEANING).arg(&arguments.config).args(options.pull.map(PullPolicy::name));
+    // Of other components nobody here knows how many nodes they have.
+    let alone = !state.has_components() && spank.variable("SLURM_HET_SIZE").is_none();
+    let nodes = if alone { spank.number(Item::Nodes).unwrap_or(0) } else { 0 };
+    command.arg0(crate::cli::MEANING).arg(&arguments.config).arg(nodes.to_string());
+    command.args(options.pull.map(PullPolicy::name));
     // Not an argument, because there may be a password in it.
     let input = filled_pipe(typed.as_bytes()).ok()?;
     let answer = capture_fed(&mut command, input.into(), Stream::Output, MAX_MEANING, MEANING_TIME).ok()?;
     let text = String::from_utf8(answer.text).ok()?;
     let line = text.trim_end();
-    let good = answer.status?.success() && Meaning::parse(line).is_some() && !line.contains(char::is_control);
+    let good = answer.status?.success() && TagMeaning::parse(line).is_some() && !line.contains(char::is_control);
     good.then(|| line.to_owned())
 }
 

@@ -484,7 +484,7 @@ fn oracle(directory: &std::path::Path, script: &str) -> [String; 2] {
 fn srun_asks_what_a_tag_means_for_several_nodes() {
     let directory = tempfile::tempdir().unwrap();
     let digest = format!("sha256:{}", "0".repeat(64));
-    let executable = oracle(directory.path(), &format!("echo \"1 {digest} $(basename $0) $1 $(cat)\""));
+    let executable = oracle(directory.path(), &format!("echo \"1 {digest} $(basename $0) $1 $2 $(cat)\""));
     let ask = |nodes: u32, variables: &[(&str, &str)], image: &str, options: &[(OptionId, &str)]| {
         let mut slurm = Slurm::new(Context::Local).number(Item::Nodes, nodes);
         for (name, value) in variables {
@@ -501,11 +501,11 @@ fn srun_asks_what_a_tag_means_for_several_nodes() {
         assert_eq!(slurm.said(), Vec::<String>::new());
         slurm.variables.get("SLURM_PYXIS_CONTAINER_MEANING").map(|value| String::from_utf8_lossy(value).into_owned())
     };
-    let answer = |policy: &str| Some(format!("1 {digest} oracle {policy} alpine"));
-    assert_eq!(ask(2, &[], "alpine", &[]), answer(""));
-    assert_eq!(ask(2, &[], "alpine", &[(OptionId::Pull, "always")]), answer("always"));
+    let answer = |nodes: u32, policy: &str| Some(format!("1 {digest} oracle {nodes} {policy} alpine"));
+    assert_eq!(ask(2, &[], "alpine", &[]), answer(2, ""));
+    assert_eq!(ask(2, &[], "alpine", &[(OptionId::Pull, "always")]), answer(2, "always"));
     // A component of a step whose other components may be on other nodes.
-    assert_eq!(ask(1, &[("SLURM_HET_SIZE", "2")], "alpine", &[]), answer(""));
+    assert_eq!(ask(1, &[("SLURM_HET_SIZE", "2")], "alpine", &[]), answer(0, ""));
     for (nodes, image, pull) in [
         (1, "alpine", "recent"),
         (2, "alpine", "missing"),
@@ -518,6 +518,19 @@ fn srun_asks_what_a_tag_means_for_several_nodes() {
     // What an outer step's srun has learned is of no use.
     let inherited = [("SLURM_PYXIS_CONTAINER_MEANING", "1 sha256:00 old")];
     assert_eq!(ask(1, &inherited, "alpine", &[]).as_deref(), Some(""));
+}
+
+#[test]
+fn where_nodes_agree_is_passed_on() {
+    let directory = tempfile::tempdir().unwrap();
+    let place = format!("at 60001 {}", "0f".repeat(16));
+    let executable = oracle(directory.path(), &format!("echo '{place}'"));
+    let mut slurm = Slurm::new(Context::Local).number(Item::Nodes, 2);
+    let mut state = State::default();
+    init(&mut state, &mut slurm, &[&executable[0], &executable[1]]).unwrap();
+    state.set_option(OptionId::Image, b"alpine").unwrap();
+    local::user_init(&mut state, &mut slurm);
+    assert_eq!(slurm.variables.get_str("SLURM_PYXIS_CONTAINER_MEANING"), Some(place.as_str()));
 }
 
 #[test]

@@ -16,7 +16,8 @@ use crate::image::digest::Digest;
 use crate::image::manifest::Descriptor;
 use crate::importer::layer::ImportError;
 use crate::importer::protocol::LayerDescriptor;
-use crate::registry::client::Client;
+use crate::registry::places::{Places, Useless};
+use crate::registry::stream::BlobStream;
 
 /// Bytes read at once.
 const BUFFER: usize = 256 << 10;
@@ -33,7 +34,7 @@ pub struct Fetch {
 type Arrival = Sender<Result<File, PullError>>;
 
 struct Shared {
-    client: Arc<Client>,
+    places: Places,
     cache: Cache,
     wanted: Mutex<Vec<(LayerDescriptor, Arrival)>>,
     next: AtomicUsize,
@@ -43,7 +44,7 @@ impl Fetch {
     /// Begins to download what is not in the cache, with at most `connections` layers at a time. The threads end with the
     /// process if nobody waits for them any more.
     pub fn start(
-        client: Client,
+        places: Places,
         cache: Cache,
         layers: Vec<LayerDescriptor>,
         connections: usize,
@@ -58,8 +59,7 @@ impl Fetch {
             });
         }
         let threads = connections.clamp(1, wanted.len().max(1));
-        let shared =
-            Arc::new(Shared { client: Arc::new(client), cache, wanted: Mutex::new(wanted), next: AtomicUsize::new(0) });
+        let shared = Arc::new(Shared { places, cache, wanted: Mutex::new(wanted), next: AtomicUsize::new(0) });
         for _ in 0..threads {
             let shared = Arc::clone(&shared);
             thread::Builder::new().name("fetch".into()).spawn(move || shared.work()).map_err(PullError::Thread)?;
@@ -112,15 +112,26 @@ impl Shared {
     }
 
     fn download(&self, layer: &LayerDescriptor) -> Result<File, PullError> {
+        let blob = Descriptor { media_type: String::new(), digest: layer.blob, size: layer.size };
+        let downloaded = self.places.download(&blob, |stream| {
+            self.keep(layer, stream).map_err(|error| match error {
+                PullError::Layer { .. } => Useless::Damaged(error),
+                PullError::Registry(_) => Useless::Unavailable(error),
+                _ => Useless::Anyway(error),
+            })
+        });
+        downloaded.map(|(file, _)| file).map_err(|undelivered| PullError::undelivered(layer.blob, undelivered))
+    }
+
+    /// Writes what comes to the cache.
+    fn keep(&self, layer: &LayerDescriptor, mut blob: BlobStream) -> Result<File, PullError> {
         let new = self.cache.begin(&layer.blob)?;
         let write_error = |error| PullError::Cache(new.failed("write", error).into());
         let mut file = new.file().map_err(write_error)?;
-        let descriptor = Descriptor { media_type: String::new(), digest: layer.blob, size: layer.size };
-        let mut blob = Arc::clone(&self.client).blob_stream(&descriptor);
         let mut hash = Sha256::new();
         let mut buffer = vec![0; BUFFER];
         loop {
-            match blob.read(&mut buffer).map_err(|error| self.client.read_error(error))? {
+            match blob.read(&mut buffer).map_err(|error| blob.read_error(error))? {
                 0 => break,
                 count => {
                     hash.update(&buffer[..count]);

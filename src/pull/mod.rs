@@ -26,6 +26,7 @@ use crate::import::{LayerError, LayerLimits};
 use crate::importer::layer::{ImportError, stream};
 use crate::importer::protocol::LayerDescriptor;
 use crate::registry::error::RegistryError;
+use crate::registry::places::Undelivered;
 use crate::sys;
 use cache::CacheError;
 
@@ -39,12 +40,14 @@ pub enum PullError {
     #[error(transparent)]
     Cache(#[from] CacheError),
     /// A layer.
-    #[error("layer {digest}: {cause}")]
+    #[error("layer {digest}: {cause}{again}")]
     Layer {
         /// Of its blob.
         digest: Digest,
         /// What is wrong with it.
-        cause: ImportError,
+        cause: Box<ImportError>,
+        /// What was done about it: `; …`, or nothing.
+        again: String,
     },
     /// The result.
     #[error("cannot write the container's files: {}", sys::reason(.0))]
@@ -64,7 +67,15 @@ impl PullError {
     fn layer(digest: Digest, cause: ImportError) -> Self {
         match cause {
             ImportError::Layer(LayerError::Write(error)) => Self::Write(error),
-            cause => Self::Layer { digest, cause },
+            cause => Self::Layer { digest, cause: Box::new(cause), again: String::new() },
+        }
+    }
+
+    /// The blob could not be had.
+    fn undelivered(digest: Digest, undelivered: Undelivered<Self>) -> Self {
+        match (undelivered.error, undelivered.again) {
+            (Self::Layer { cause, .. }, Some(again)) => Self::Layer { digest, cause, again: format!("; {again}") },
+            (error, _) => error,
         }
     }
 

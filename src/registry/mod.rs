@@ -14,6 +14,7 @@ pub mod error;
 mod http;
 pub mod login;
 pub mod names;
+pub mod places;
 pub mod proxy;
 pub mod resolve;
 mod retry;

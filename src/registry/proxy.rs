@@ -5,7 +5,9 @@
 //! says is about HTTPS only: there a proxy sees and changes nothing. Of a registry with plain HTTP it would see the site's
 //! credentials, and could confirm in the registry's place that its user may have what others have stored.
 //!
-//! A command that a user types works with his own privileges: his variables come first.
+//! A command that a user types works with his own privileges: his variables come first. What root types for the node's store
+//! (`pyxis pull`, `pyxis run`) is an import, to which the shell is what a job is to a step's, and may say more: of plain HTTP
+//! too, and whatever `from_jobs` is.
 
 #![forbid(unsafe_code)]
 
@@ -63,11 +65,19 @@ impl ProxyConfig {
 
     /// What the job's `environment` says, as far as it may.
     pub fn of_job(&self, environment: &Environment) -> Variables {
-        if !self.from_jobs || self.https_proxy.is_some() || self.http_proxy.is_some() {
+        match self.from_jobs {
+            true => Variables { http_proxy: None, ..self.of_shell(environment) },
+            false => Variables::default(),
+        }
+    }
+
+    /// What the `environment` says in which root has typed a command, as far as it may.
+    pub fn of_shell(&self, environment: &Environment) -> Variables {
+        if self.https_proxy.is_some() || self.http_proxy.is_some() {
             return Variables::default();
         }
         let variable = |name: &str| environment.get_str(name).filter(|value| value.len() <= MAX_VARIABLE);
-        Variables { http_proxy: None, ..Variables::find(|name| variable(name).map(str::to_owned)) }
+        Variables::find(|name| variable(name).map(str::to_owned))
     }
 }
 
@@ -101,7 +111,7 @@ impl Variables {
 }
 
 /// Where settings are from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Source {
     /// `[proxy]`.
     Configuration,
@@ -170,10 +180,10 @@ impl Proxies {
         Self(chosen)
     }
 
-    /// The proxies of an import, by a process of the node's.
-    pub fn of_import(config: &ProxyConfig, job: &Variables) -> Self {
+    /// The proxies of an import, by a process of the node's, for somebody who says the last.
+    pub fn of_import(config: &ProxyConfig, (source, said): (Source, &Variables)) -> Self {
         let (site, own) = (Variables::from(config), Variables::own());
-        Self::choose([(Source::Configuration, &site), (Source::Importer, &own), (Source::Job, job)])
+        Self::choose([(Source::Configuration, &site), (Source::Importer, &own), (source, said)])
     }
 
     /// The proxies of a command that a user types.
@@ -367,6 +377,12 @@ mod tests {
         assert_eq!(site.of_job(&job), Variables::default());
         let without = ProxyConfig { from_jobs: false, ..ProxyConfig::default() };
         assert_eq!(via(&chosen(&without), "https://x/"), None);
+        // What root types is the site's word.
+        let typed = |config: &ProxyConfig| Proxies::choose([(Source::Command, &config.of_shell(&job))]);
+        assert_eq!(via(&typed(&without), "https://x/").as_deref(), Some("job:1"));
+        assert_eq!(via(&typed(&without), "http://x/").as_deref(), Some("job:2"));
+        assert_eq!(via(&typed(&without), "https://here/"), None);
+        assert_eq!(site.of_shell(&job), Variables::default());
         let bad = ProxyConfig { http_proxy: Some("socks5://x".into()), ..ProxyConfig::default() };
         assert_eq!((bad.check(), site.check()), (Err("http_proxy"), Ok(())));
     }

@@ -23,6 +23,8 @@ const MIRROR_ATTEMPTS: u32 = 2;
 pub struct Resolved {
     /// The endpoint that has it.
     pub client: Client,
+    /// The others that may have it, in order.
+    pub others: Vec<Client>,
     /// Digest of the platform's manifest.
     pub manifest_digest: Digest,
     /// Its digest and those of the indexes that led to it.
@@ -44,7 +46,16 @@ pub fn resolve(
     keyring: &SharedKeyring,
     platform: &Platform,
 ) -> Result<Resolved, RegistryError> {
-    first(reference, registries, keyring, |client| resolve_at(client, reference, platform))
+    let mut resolved = first(reference, registries, keyring, |client| resolve_at(client, reference, platform))?;
+    let mut others = registries.endpoints(reference);
+    others.retain(|endpoint| endpoint.origin() != resolved.client.endpoint().origin());
+    let client = |endpoint| client(endpoint, registries.network, keyring, reference);
+    resolved.others = others.into_iter().map(client).collect();
+    Ok(resolved)
+}
+
+fn client(endpoint: Endpoint, network: NetworkConfig, keyring: &SharedKeyring, reference: &ImageReference) -> Client {
+    Client::new(endpoint, network, SharedKeyring::clone(keyring), reference.user.clone())
 }
 
 /// What a tag means now: the digest of its index, or of its manifest.
@@ -69,9 +80,7 @@ fn first<T>(
     if let Some(blocked) = registries.blocked(reference) {
         return Err(RegistryError::Blocked { image: reference.to_string(), blocked });
     }
-    let client = |endpoint: Endpoint, network| {
-        Client::new(endpoint, network, SharedKeyring::clone(keyring), reference.user.clone())
-    };
+    let client = |endpoint, network| client(endpoint, network, keyring, reference);
     let mut failed: Vec<String> = Vec::new();
     for mirror in registries.mirrors(reference) {
         let attempts = registries.network.attempts.min(MIRROR_ATTEMPTS);
@@ -125,7 +134,7 @@ fn resolve_at(client: Client, reference: &ImageReference, platform: &Platform) -
         let architecture = shown(&config.architecture);
         warnings.push(format!("image {image} is for {architecture}, and this machine is {}", platform.architecture));
     }
-    Ok(Resolved { client, manifest_digest, digests, manifest, config_bytes, config, warnings })
+    Ok(Resolved { client, others: vec![], manifest_digest, digests, manifest, config_bytes, config, warnings })
 }
 
 /// What an answer about the image as such means.

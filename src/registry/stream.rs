@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::blob::BlobReader;
 use super::client::Client;
+use super::error::RegistryError;
 use super::team::{Outcome, Team};
 use crate::image::manifest::Descriptor;
 
@@ -60,6 +61,11 @@ impl BlobStream {
         let source = Source::One(BlobReader::new(Arc::clone(&client), blob, 0..blob.size));
         let may_grow = client.network().blob_connections > 1;
         Self { client, blob: blob.clone(), position: 0, source, rate: Rate::begin(), may_grow, breaks: 0 }
+    }
+
+    /// The error behind a failed read.
+    pub fn read_error(&self, error: io::Error) -> RegistryError {
+        self.client.read_error(error)
     }
 
     fn alone(&self) -> Source {

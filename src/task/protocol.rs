@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! broker → Say …, Progress …                           at any time
-//!          leader → Arrived
+//!          leader → LaunchedFrom (perhaps), Arrived
 //! broker → Started                                     container init is in its namespaces
 //!          leader → Proceed (+ environment, cgroup namespace)
 //! broker → Ready (+ the container's environment)       or Failed
@@ -101,6 +101,12 @@ pub enum ToLeader {
 /// From the leading task to the broker.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum ToBroker {
+    /// Where the step was launched from: the address at which the node reaches `srun`. Before `Arrived`, if the request says
+    /// that nodes agree there on what the image's tag means.
+    LaunchedFrom {
+        /// `SLURM_LAUNCH_NODE_IPADDR`.
+        address: String,
+    },
     /// The task waits in `task_init`: it is in its cgroups.
     Arrived,
     /// The task is in its cgroups and has its environment. Descriptors: a memory file with that environment and, if

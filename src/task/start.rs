@@ -14,7 +14,7 @@ use super::protocol::{MAX_MEMORY_FILE, ToBroker, ToLeader, UserMessage, descript
 use super::shared::{Outcome, environment_file};
 use super::{Container, entrypoint};
 use crate::devices::access::DeviceAccess;
-use crate::request::{Environment, StepRequest};
+use crate::request::{Environment, StepRequest, TagMeaning};
 use crate::sys::channel::{self, Channel};
 use crate::sys::spawn::spawn;
 use crate::sys::terminal::LiveLine;
@@ -25,6 +25,8 @@ use crate::sys::{self, memfile};
 pub struct StartingContainer {
     channel: Channel<ToBroker, ToLeader>,
     broker: Pid,
+    /// Whether the broker has to know where `srun` is.
+    agrees: bool,
 }
 
 /// Starts `executable` as the broker for `request` and returns at once.
@@ -36,6 +38,7 @@ pub fn start_broker(
     life: BorrowedFd<'_>,
 ) -> io::Result<StartingContainer> {
     let (channel, broker_end) = channel::pair::<ToBroker, ToLeader>()?;
+    let agrees = matches!(request.meaning.as_deref().and_then(TagMeaning::parse), Some(TagMeaning::Asked(_)));
     let broker_end = OwnedFd::from(broker_end);
     let request = memfile::sealed("pyxis-request", &serde_json::to_vec(request)?)?;
     let environment = environment_file(job_environment)?;
@@ -53,7 +56,7 @@ pub fn start_broker(
             (environment.as_fd(), descriptors::ENVIRONMENT),
         ],
     )?;
-    Ok(StartingContainer { channel, broker })
+    Ok(StartingContainer { channel, broker, agrees })
 }
 
 impl StartingContainer {
@@ -83,6 +86,9 @@ impl StartingContainer {
         let is_first_node = task_environment.get_str("SLURM_NODEID").is_none_or(|node| node == "0");
         let mut progress = LiveLine::stderr();
         // A broker that is gone has left a message that says why: it is read below.
+        if let Some(address) = task_environment.get_str("SLURM_LAUNCH_NODE_IPADDR").filter(|_| self.agrees) {
+            let _ = self.channel.send(&ToBroker::LaunchedFrom { address: address.to_owned() }, &[]);
+        }
         let _ = self.channel.send(&ToBroker::Arrived, &[]);
         // While the broker is busy.
         let devices = DeviceAccess::of_this_process();

@@ -249,8 +249,42 @@ fn damaged_blobs_are_found_out() {
     std::fs::write(stored, &bytes).unwrap();
     let error = world.error(&["import", "-o", "bad.sqsh", &uri]);
     assert!(error.contains("its blob has the digest"), "{error}");
+    let host = world.registry.host();
+    let again = format!("; downloaded 3 times from {host}, {host}, {host}: push the image again");
+    assert!(error.ends_with(&again), "{error}");
     assert_eq!(world.names(".cache/enroot/blobs/sha256"), [] as [&str; 0]);
     assert!(!world.home.join("bad.sqsh").exists());
+}
+
+/// What a mirror damages, the registry has; and what is damaged once on its way is asked for once more.
+#[test]
+fn blobs_that_arrive_damaged_are_fetched_again() {
+    let world = World::new("damaged-on-its-way");
+    world.push_busybox();
+    let proxy = Proxy::start(world.registry.port()).unwrap();
+    let (registry, mirror) = (world.registry.host(), proxy.host());
+    let config = world.site.path("pyxis.toml");
+    let insecure = |host: &str| format!("[registry.\"{host}\"]\ninsecure = true\n");
+    let mirrors = format!("mirrors = [{{ location = \"{mirror}\", insecure = true }}]\n");
+    std::fs::write(&config, insecure(&mirror) + &insecure(&registry) + &mirrors).unwrap();
+    // In the layer: the manifest and the config are shorter.
+    proxy.set(Behaviour::Corrupt(20_000));
+    for (number, (image, from)) in
+        [(world.uri("busybox"), &registry), (format!("docker://{mirror}#busybox"), &mirror)].into_iter().enumerate()
+    {
+        let connections = proxy.connections();
+        let file = format!("{number}.sqsh");
+        let arguments = ["--config", config.to_str().unwrap(), "import", "-o", &file, &image];
+        let output = testbed::process::run(&mut world.pyxis(&arguments), wait::DEADLINE).unwrap().success().unwrap();
+        let told = format!(" arrived damaged: downloading it from {from}\n");
+        assert!(output.stderr.contains(&told), "{output}");
+        assert!(proxy.connections() > connections);
+        std::fs::remove_dir_all(world.home.join(".cache")).unwrap();
+    }
+    let good = unsquashfs(&world.home.join("0.sqsh"), &world.site.path("0"));
+    assert!(good.contains_key("bin/busybox"));
+    let again = unsquashfs(&world.home.join("1.sqsh"), &world.site.path("1"));
+    assert_eq!(good["bin/busybox"].kind, again["bin/busybox"].kind);
 }
 
 /// With a docker that knows one image, once it has pulled it.

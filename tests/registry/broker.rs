@@ -12,6 +12,7 @@ use spank_pyxis::importer::protocol::{Command, FailureKind, ImportLimits, LayerD
 use spank_pyxis::registry::config::{Mirror, NetworkConfig, PullFromMirror, RegistryConfig, RegistryEntry};
 use spank_pyxis::registry::credentials::remote::serve;
 use spank_pyxis::registry::credentials::{Answer, Credential, Keyring, Kind, Query, SharedKeyring};
+use spank_pyxis::registry::proxy::Source;
 use spank_pyxis::registry::site;
 use spank_pyxis::request::Environment;
 use spank_pyxis::sys::channel::{self, Channel};
@@ -169,7 +170,7 @@ impl Conversation {
         let command = Command::Resolve {
             reference,
             registries: Box::new(import.registries.clone()),
-            job_proxy: import.registries.proxy.of_job(&import.job),
+            proxy: (Source::Job, import.registries.proxy.of_job(&import.job)),
             site_files: site_files.clone(),
             limits: import.limits,
         };

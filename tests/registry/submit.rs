@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::SystemTime;
 
 use spank_pyxis::cli::MEANING;
-use spank_pyxis::request::Meaning;
+use spank_pyxis::request::{Meaning, Place, TagMeaning};
 
 use crate::content::Content;
 use crate::server::{Delivery, Reply, Request, Server};
@@ -24,20 +24,39 @@ impl Submit {
         Self { home: tempfile::tempdir().unwrap(), server: Server::start(answer) }
     }
 
-    /// The answer, if there is one.
+    /// What the tag means, if that is known.
+    #[track_caller]
     fn ask(&self, image: &str, policy: Option<&str>, more: &str) -> Option<Meaning> {
+        match self.answer(image, policy, more) {
+            Some(TagMeaning::Known(meaning)) => Some(meaning),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Where nodes are to agree on it.
+    #[track_caller]
+    fn place(&self, image: &str, policy: Option<&str>, more: &str) -> Place {
+        match self.answer(image, policy, more) {
+            Some(TagMeaning::Asked(place)) => place,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// The answer, if there is one. Where nodes agree is there until this process ends.
+    fn answer(&self, image: &str, policy: Option<&str>, more: &str) -> Option<TagMeaning> {
         let host = self.server.host();
         let config = self.home.path().join("pyxis.toml");
         std::fs::write(&config, format!("{more}\n[registry.\"{host}\"]\ninsecure = true\n")).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_pyxis"));
-        command.arg0(MEANING).arg(config).args(policy).env_clear().env("HOME", self.home.path());
+        command.arg0(MEANING).arg(config).arg("2").args(policy).env_clear().env("HOME", self.home.path());
+        command.env("SLURM_CONF", self.home.path().join("slurm.conf"));
         command.env("ENROOT_SYSCONF_PATH", "/nonexistent");
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         std::io::Write::write_all(&mut child.stdin.take().unwrap(), image.as_bytes()).unwrap();
         let output = child.wait_with_output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
         assert_eq!(output.status.success(), !text.is_empty(), "{text}");
-        output.status.success().then(|| Meaning::parse(text.trim_end()).unwrap())
+        output.status.success().then(|| TagMeaning::parse(text.trim_end()).unwrap())
     }
 
     fn cache(&self) -> Vec<PathBuf> {
@@ -94,13 +113,13 @@ fn it_is_not_asked_for_where_it_does_not_matter() {
         (image.as_str(), Some("missing"), ""),
         (&image, Some("never"), ""),
         (&image, None, "store.pull = \"missing\""),
-        (&image, None, "network.submit_timeout = 0"),
         (&format!("{image}@sha256:{}", "0".repeat(64)), None, ""),
         ("/x.sqsh", None, ""),
         ("Not An Image", None, ""),
     ] {
-        assert_eq!(submit.ask(image, policy, more), None, "{image}");
+        assert_eq!(submit.answer(image, policy, more), None, "{image}");
     }
+    submit.place(&image, None, "network.submit_timeout = 0");
     assert_eq!(submit.server.requests().len(), 0);
 }
 
@@ -109,14 +128,14 @@ fn a_registry_that_is_silent_is_waited_for_once() {
     let submit = Submit::new(|_| Reply::ok("{}").delivery(Delivery::Stall(0)).header("Content-Length", "9"));
     let image = format!("{}/team/image", submit.server.host());
     for _ in 0..3 {
-        assert_eq!(submit.ask(&image, None, "network.submit_timeout = 1"), None);
+        submit.place(&image, None, "network.submit_timeout = 1");
         // One try: a request for the digest, and perhaps for the manifest.
         let requests = submit.server.requests();
         assert!((1..=2).contains(&requests.len()), "{requests:?}");
     }
     let before = submit.server.requests().len();
     submit.age(301);
-    assert_eq!(submit.ask(&image, None, "network.submit_timeout = 1"), None);
+    submit.place(&image, None, "network.submit_timeout = 1");
     assert!(submit.server.requests().len() > before);
 }
 
@@ -129,7 +148,7 @@ fn a_no_is_asked_for_again() {
         move |request| if there.load(Ordering::SeqCst) == 0 { Reply::status(404) } else { content.answer(request) }
     });
     let image = format!("{}/team/image", submit.server.host());
-    assert_eq!(submit.ask(&image, None, ""), None);
+    submit.place(&image, None, "");
     there.store(1, Ordering::SeqCst);
     // Without a header the manifest itself is looked at.
     let digest = spank_pyxis::registry::sha256(Content::simple(1000).manifest("latest").to_string().as_bytes());
@@ -149,7 +168,7 @@ fn short_names_mean_what_they_mean_to_nodes() {
 fn without_a_place_to_remember_nothing_is_asked() {
     let submit = registry();
     std::fs::write(submit.home.path().join(".cache"), "").unwrap();
-    assert_eq!(submit.ask(&format!("{}/team/image", submit.server.host()), None, ""), None);
+    submit.place(&format!("{}/team/image", submit.server.host()), None, "");
     assert_eq!(submit.server.requests().len(), 0);
 }
 
@@ -162,4 +181,20 @@ fn passwords_are_not_written_down() {
     for file in submit.cache() {
         assert!(!std::fs::read_to_string(&file).unwrap().contains("open-sesame"));
     }
+}
+
+#[test]
+fn nodes_agree_at_a_port_for_srun() {
+    let submit = registry();
+    let image = format!("{}/team/image", submit.server.host());
+    let place = || submit.place(&image, None, "network.submit_timeout = 0");
+    let (first, second) = (place(), place());
+    assert!(first.key != second.key && first.port != second.port);
+    let taken = first.port;
+    std::fs::write(submit.home.path().join("slurm.conf"), format!("SrunPortRange={taken}-{}\n", taken + 50)).unwrap();
+    let third = place();
+    assert!((taken + 1..=taken + 50).contains(&third.port), "{third:?}");
+    // All are taken: each node asks for itself.
+    std::fs::write(submit.home.path().join("slurm.conf"), format!("SrunPortRange={taken}-{taken}\n")).unwrap();
+    assert_eq!(submit.answer(&image, None, "network.submit_timeout = 0"), None);
 }

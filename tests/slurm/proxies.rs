@@ -10,7 +10,8 @@ use testbed::{Output, images, process, wait};
 use crate::Case;
 use crate::world::World;
 
-pub const CASES: &[Case] = &[("the_jobs_proxy", of_the_job), ("the_sites_proxy", of_the_site)];
+pub const CASES: &[Case] =
+    &[("the_jobs_proxy", of_the_job), ("the_sites_proxy", of_the_site), ("the_shells_proxy", of_the_shell)];
 
 const PASSWORD: &str = "proxy-pass-1%$";
 
@@ -110,4 +111,52 @@ fn of_the_site(world: &mut World) -> Result<()> {
     let ignored = ignored?;
     ensure!(!ignored.status.success() && ignored.stderr.contains("there is no such host"), "{ignored}");
     Ok(())
+}
+
+/// Where root types a command.
+fn of_the_shell(world: &mut World) -> Result<()> {
+    let behind = Behind::new(world, "proxy-shell")?;
+    // It is no job's.
+    let site = format!("{}[proxy]\nfrom_jobs = false\n", behind.configuration);
+    world.bed.pyxis.configure(&site)?;
+    let result = shell_proxy(world, &behind);
+    world.bed.pyxis.configure(&world.configuration())?;
+    result
+}
+
+fn shell_proxy(world: &World, behind: &Behind) -> Result<()> {
+    let url = behind.proxy.url();
+    let user = world.user(0).name.as_str();
+    let commands = [
+        &["pull", &behind.image][..],
+        &["pull", "--user", user, &behind.image],
+        &["run", "--container-pull=always", &behind.image, "id", "-u"],
+        &["run", "--container-pull=always", "--user", user, &behind.image, "id", "-u"],
+    ];
+    for command in commands {
+        let pyxis = |variables: &[(&str, &str)]| {
+            let program = world.bed.pyxis.executable.display().to_string();
+            let mut typed = world.bed.cluster.nodes()[0].command(&program);
+            typed.arg("--config").arg(&world.bed.pyxis.config).args(command).envs(variables.iter().copied());
+            process::run(&mut typed, wait::DEADLINE)
+        };
+        let asked = behind.proxy.asked().len();
+        for variables in [&[][..], &[("https_proxy", &*url), ("no_proxy", ".invalid")]] {
+            let output = pyxis(variables)?;
+            ensure!(!output.status.success() && output.stderr.contains("there is no such host"), "{output}");
+        }
+        let output = pyxis(&[("https_proxy", "http://localhost:1")])?;
+        ensure!(output.stderr.contains("check https_proxy and no_proxy in your environment"), "{output}");
+        ensure!(behind.proxy.asked().len() == asked, "{output}");
+        let output = pyxis(&[("https_proxy", &url)])?.success()?;
+        ensure!(behind.proxy.asked().len() > asked, "{output}");
+        nowhere(world, &output)?;
+    }
+    // What the site says goes first.
+    let site = format!("{}[proxy]\nhttps_proxy = \"{url}\"\n", behind.configuration);
+    world.bed.pyxis.configure(&site)?;
+    let program = world.bed.pyxis.executable.display().to_string();
+    let mut typed = world.bed.cluster.nodes()[0].command(&program);
+    typed.arg("--config").arg(&world.bed.pyxis.config).args(["pull", &behind.image]);
+    process::run(typed.env("https_proxy", "http://localhost:1"), wait::DEADLINE)?.success().map(drop)
 }

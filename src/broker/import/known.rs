@@ -10,7 +10,7 @@ use super::{AcquireRequest, AcquiredImage, ImportError, ImportEvent, ImportSetti
 use crate::image::digest::Digest;
 use crate::image::reference::ImageReference;
 use crate::policy::Subject;
-use crate::request::PullPolicy;
+use crate::request::{Meaning, PullPolicy};
 use crate::store::{FetchLock, ReferenceRecord, Store, StoreError};
 
 /// An image that a user asks for, as far as the store knows it.
@@ -52,6 +52,15 @@ impl<'a> Known<'a> {
             }
         }
         Ok(self.image(&record)?)
+    }
+
+    /// What the name meant when it was last looked up.
+    pub fn meaning(&self) -> Result<Option<Meaning>, StoreError> {
+        let name = self.request.reference.to_string();
+        Ok(self.record()?.map(|record| {
+            let digest = record.evidence.digests.first().copied().unwrap_or(record.manifest);
+            Meaning { asked_at: record.confirmed_at, digest, name }
+        }))
     }
 
     /// Whether a record is not of another image than the one that all nodes of the step are to use.

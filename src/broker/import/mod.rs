@@ -5,6 +5,7 @@
 //! importer reads hostile data and is not trusted.
 //!
 //! * [`acquire`]: the warm path, and what is remembered after the cold one;
+//! * [`agreement`]: what the tag means for all nodes of a step;
 //! * [`known`]: what the store knows of an image, and whose turn it is to ask the registry;
 //! * [`local`]: the same for an image that the user has on this machine;
 //! * [`session`]: the conversation with one importer, and what becomes of each layer;
@@ -12,6 +13,7 @@
 //! * [`permit`]: what the administrator's rules say about the image;
 //! * [`roles`]: their first steps, in which they take on their identities.
 
+mod agreement;
 mod known;
 mod local;
 mod permit;
@@ -29,18 +31,21 @@ use crate::image::reference::ImageReference;
 use crate::importer::protocol::{Command, FailureKind, ImportLimits};
 use crate::policy::{Evidence, Policy, Subject};
 use crate::registry::error::RegistryError;
+use crate::registry::proxy;
 use crate::request::{Environment, Meaning, PullPolicy, User};
 use crate::store::{
     Goal, LeasedLayer, ManifestRecord, PinnedMounts, ReferenceRecord, Store, StoreError, Watermark, Watermarks, count,
     now, size,
 };
+pub use agreement::{Agreed, Turn as AskingTurn, agree};
 use known::{Known, Turn};
 pub use local::{LocalRequest, OpenedImage, acquire_local, convert, open_imported, open_local};
 pub(super) use permit::settled;
 pub use process::{Child, Importer, Processes, StartImporter};
 pub(super) use process::{service_identity, start_reader};
 pub use roles::{
-    account_role, credentials_role, importer_role, inventory_role, release_role, source_role, squashfuse_role,
+    account_role, credentials_role, guest_role, importer_role, inventory_role, release_role, source_role,
+    squashfuse_role,
 };
 use session::Session;
 
@@ -68,6 +73,8 @@ pub struct ImportSettings {
     pub importer_environment: Vec<(String, String)>,
     /// Which images may be used, and by whom.
     pub policy: Policy,
+    /// What the shell says about proxies in which root has typed the command that wants the image, if it is no job's.
+    pub shell: Option<proxy::Variables>,
     /// The executable that has the internal roles.
     pub executable: PathBuf,
 }
@@ -85,16 +92,29 @@ impl Default for ImportSettings {
             importer_user: "pyxis".into(),
             importer_environment: Vec::new(),
             policy: Policy::default(),
+            shell: None,
             executable: "/proc/self/exe".into(),
         }
     }
 }
 
 impl ImportSettings {
+    /// Whether what a tag means is asked of the registry.
+    pub fn asks_for_tags(&self) -> bool {
+        matches!(self.pull, PullPolicy::Always | PullPolicy::Recent)
+    }
+
+    /// What is said about proxies by the shell, or by the job with this environment.
+    fn said_of_proxies(&self, environment: &Environment) -> (proxy::Source, proxy::Variables) {
+        match &self.shell {
+            Some(shell) => (proxy::Source::Command, shell.clone()),
+            None => (proxy::Source::Job, self.registries.proxy.of_job(environment)),
+        }
+    }
+
     /// What the tag of `reference` means for all nodes of the step.
     fn meaning_of(&self, reference: &ImageReference) -> Option<&Meaning> {
-        let asks = matches!(self.pull, PullPolicy::Always | PullPolicy::Recent);
-        self.meaning.as_ref().filter(|meaning| asks && meaning.name == reference.to_string())
+        self.meaning.as_ref().filter(|meaning| self.asks_for_tags() && meaning.name == reference.to_string())
     }
 }
 
@@ -161,6 +181,8 @@ pub enum ImportEvent {
     },
     /// Another step of the user's imports the image. Said again and again.
     Waiting,
+    /// What the image's tag means, as this node has learned now or a short time ago.
+    Meant(Meaning),
     /// One line for the user: something may be wrong with the image or the credentials.
     Warning(String),
     /// One line for the administrator: the store is beyond its high watermark, whatever is removed.
@@ -348,6 +370,7 @@ impl Acquirer<'_> {
         if settings.pull != PullPolicy::Always
             && let Some(image) = known.confirmed()?
         {
+            known.meaning()?.into_iter().for_each(|meaning| events(ImportEvent::Meant(meaning)));
             return Ok(image);
         }
         if settings.pull == PullPolicy::Never {
@@ -362,7 +385,10 @@ impl Acquirer<'_> {
             PullPolicy::Always => None,
             _ => match known.lock(cancel, events)? {
                 Turn::Ours(lock) => Some(lock),
-                Turn::Done(image) => return Ok(AcquiredImage { from_network: true, ..image }),
+                Turn::Done(image) => {
+                    known.meaning()?.into_iter().for_each(|meaning| events(ImportEvent::Meant(meaning)));
+                    return Ok(AcquiredImage { from_network: true, ..image });
+                }
             },
         };
         let mut ask = |reference: &ImageReference| {
@@ -399,11 +425,18 @@ impl Acquirer<'_> {
         let image = session.resolve(&Command::Resolve {
             reference: request.reference.clone(),
             registries: Box::new(settings.registries.only_for(request.reference)),
-            job_proxy: settings.registries.proxy.of_job(request.environment),
+            proxy: settings.said_of_proxies(request.environment),
             site_files,
             limits: settings.limits,
         })?;
         let evidence = session.examine(known.subject, image.manifest, known.ancestors(&image.manifest)?)?;
+        if let Some(digest) = evidence.digests.first().copied() {
+            (session.events)(ImportEvent::Meant(Meaning {
+                asked_at: confirmed_at,
+                digest,
+                name: known.request.reference.to_string(),
+            }));
+        }
         let uid = request.user.uid;
         let before = store.manifest(uid, &image.manifest)?;
         let confirmed = settings.pull != PullPolicy::Always

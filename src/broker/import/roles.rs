@@ -13,6 +13,7 @@ use rustix::process::{DumpableBehavior, Pid, Resource, Rlimit};
 use rustix::thread::CapabilitySet;
 use serde::{Deserialize, Serialize};
 
+use crate::agreement::guest::{self, ToGuest};
 use crate::devices::host::Host;
 use crate::devices::nvidia::inventory;
 use crate::registry::credentials::remote::{Answerer, serve};
@@ -184,6 +185,23 @@ fn read_source(parent: Pid) -> io::Result<()> {
 /// For a role that sees the end of its channel, and has to tidy up then.
 fn outlive_parent() -> io::Result<()> {
     Ok(rustix::process::set_parent_process_death_signal(None)?)
+}
+
+/// Who asks, at `srun`'s machine, what the image's tag means ([`guest`]): becomes the job's user. Its argument is the broker's
+/// process id.
+pub fn guest_role(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    let Some(parent) = number(&mut arguments).and_then(Pid::from_raw) else { return by_hand() };
+    let ask = || -> io::Result<()> {
+        let channel: guest::BrokerChannel = take_descriptor()?.into();
+        let Some((ToGuest::Join { user, address, place }, _)) = channel.receive()? else { return Ok(()) };
+        become_somebody(&user, parent)?;
+        rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+        guest::run(&channel, address, &place)
+    };
+    match ask() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failed("guest", &error),
+    }
 }
 
 fn job_environment(mut descriptors: Vec<OwnedFd>) -> io::Result<Environment> {

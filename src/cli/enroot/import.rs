@@ -17,6 +17,7 @@ use crate::importer::local::LocalImage;
 use crate::importer::protocol::LayerDescriptor;
 use crate::pull::cache::Cache;
 use crate::pull::{DirectorySink, Fetch, PullError, SquashfsSink, unpack};
+use crate::registry::places::Places;
 use crate::request::Engine;
 use crate::squashfs::writer::{DEFAULT_OPTIONS, Options, Writer};
 use crate::unpacked::Containers;
@@ -124,7 +125,8 @@ impl Image {
             missing => say::info(format_args!("Downloading {missing} missing layers...")),
         }
         let connections = context.settings.number("ENROOT_MAX_CONNECTIONS").and_then(|number| number.try_into().ok());
-        let fetch = Fetch::start(resolved.client, cache, layers.clone(), connections.unwrap_or(CONNECTIONS))?;
+        let places = Places::new(resolved.client, resolved.others);
+        let fetch = Fetch::start(places, cache, layers.clone(), connections.unwrap_or(CONNECTIONS))?;
         let (blobs, limits) = (Blobs::Registry(fetch), limits(context));
         Ok(Self { config: resolved.config, source: wanted.uri.clone(), layers, blobs, limits })
     }

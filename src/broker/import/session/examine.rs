@@ -12,8 +12,8 @@ const MAX_DOCUMENTS: usize = 8;
 const MAX_PROBLEM: usize = 500;
 
 impl Session<'_, '_> {
-    /// Whether the image with this manifest, which has been resolved, may be used, and by what that is known. It was found
-    /// before by the indexes `ancestors`, which its manifest's digest does not lead to.
+    /// Whether the image with this manifest, which has been resolved, may be used, and by what that is known: the first digest
+    /// is what its name means. It was found before by the indexes `ancestors`, which its manifest's digest does not lead to.
     ///
     /// The importer is believed about it, as it is about which layers belong to a manifest: who could make it lie could
     /// make it deliver anything.
@@ -29,7 +29,7 @@ impl Session<'_, '_> {
         }
         for digest in ancestors.iter().take(MAX_DOCUMENTS) {
             if !digests.contains(digest) {
-                digests.insert(0, *digest);
+                digests.push(*digest);
             }
         }
         let mut evidence = Evidence { digests, keys: vec![] };
