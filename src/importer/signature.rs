@@ -1,7 +1,9 @@
-//! Looks for a signature of an image, in the registry that the image came from ([`crate::policy::cosign`]).
+//! Looks for a signature of an image, in the registry that the image came from, in both of the ways in which cosign keeps them
+//! ([`crate::policy::cosign`], [`crate::policy::bundle`]).
 
 use super::failure::Failure;
 use crate::image::digest::Digest;
+use crate::policy::bundle::{self, MAX_BUNDLE_BYTES, MAX_BUNDLES};
 use crate::policy::cosign::{self, MAX_PAYLOAD_BYTES, Refusal};
 use crate::policy::key::PublicKey;
 use crate::registry::client::Client;
@@ -54,21 +56,60 @@ fn signed(
     digest: &Digest,
     keys: &[PublicKey],
 ) -> Result<Result<usize, Option<Refusal>>, RegistryError> {
-    let manifest = match client.manifest(&cosign::tag(digest)) {
-        Ok(manifest) => manifest,
-        Err(error) if error.is_not_found() => return Ok(Err(None)),
+    let mut seen = Seen(None);
+    let tagged = match client.manifest(&cosign::tag(digest)) {
+        Ok(manifest) => cosign::signatures(&manifest.bytes).ok_or(Refusal::Payload),
+        Err(error) if error.is_not_found() => Ok(vec![]),
         Err(error) => return Err(error),
     };
-    let Some(signatures) = cosign::signatures(&manifest.bytes) else { return Ok(Err(Some(Refusal::Payload))) };
-    let mut refusal = None;
-    for signature in signatures {
+    let tagged = tagged.unwrap_or_else(|refusal| {
+        seen.note(refusal);
+        vec![]
+    });
+    for signature in tagged {
         let payload = client.small_blob(&signature.payload, MAX_PAYLOAD_BYTES)?;
         match cosign::verify(&payload, &signature.signature, keys, digest) {
             Ok(key) => return Ok(Ok(key)),
-            // A signature by one of the keys, for something else, is worth mentioning.
-            Err(seen) if refusal.is_none() || seen != Refusal::Key => refusal = Some(seen),
-            Err(_) => {}
+            Err(refusal) => seen.note(refusal),
         }
     }
-    Ok(Err(refusal))
+    for artifact in artifacts(client, digest, &mut seen)? {
+        let manifest = match client.manifest(&artifact.to_string()) {
+            Ok(manifest) => manifest,
+            // It is still in the list.
+            Err(error) if error.is_not_found() => continue,
+            Err(error) => return Err(error),
+        };
+        let Some(blob) = bundle::blob(&manifest.bytes) else { continue };
+        match bundle::verify(&client.small_blob(&blob, MAX_BUNDLE_BYTES)?, keys, digest) {
+            Ok(key) => return Ok(Ok(key)),
+            Err(refusal) => seen.note(refusal),
+        }
+    }
+    Ok(Err(seen.0))
+}
+
+/// What may have a bundle in it.
+fn artifacts(client: &Client, digest: &Digest, seen: &mut Seen) -> Result<Vec<Digest>, RegistryError> {
+    let mut found = Vec::new();
+    for page in client.referrers(digest, &bundle::tag(digest))? {
+        match bundle::artifacts(&page) {
+            Some(artifacts) => found.extend(artifacts),
+            None => seen.note(Refusal::Bundle),
+        }
+    }
+    found.sort_by_key(|artifact| !artifact.says_so);
+    Ok(found.into_iter().take(MAX_BUNDLES).map(|artifact| artifact.digest).collect())
+}
+
+/// The most telling of the reasons why signatures do not count.
+struct Seen(Option<Refusal>);
+
+impl Seen {
+    /// A signature by one of the keys, for something else, is worth mentioning.
+    fn note(&mut self, refusal: Refusal) {
+        if self.0.is_none() || !matches!(refusal, Refusal::Key | Refusal::Bundle) {
+            self.0 = Some(refusal);
+        }
+    }
 }

@@ -1,4 +1,4 @@
-//! Signatures as cosign keeps them (sigstore's `cosign/specs/SIGNATURE_SPEC.md`): an image in the signed image's
+//! Signatures as cosign kept them before its version 3, and does if it is told so (sigstore's `cosign/specs/SIGNATURE_SPEC.md`): an image in the signed image's
 //! repository under the tag `sha256-HEX.sig`, each layer of which is a payload in the "simple signing" format, with the
 //! signature of its bytes in an annotation.
 //!
@@ -71,6 +71,9 @@ pub enum Refusal {
     /// None of the keys has made the signature.
     #[error("it has signatures, but of other keys, or of something that was changed afterwards")]
     Key,
+    /// A bundle that is none, or of something else.
+    #[error("what it has for a signature is no bundle of cosign's")]
+    Bundle,
     /// Signed, but no claim that we know.
     #[error("what is signed is no claim of cosign's")]
     Payload,

@@ -7,10 +7,11 @@
 //! allows only what is signed with one of the keys.
 //!
 //! * [`pattern`]: names of registries and repositories;
-//! * [`key`], [`cosign`]: signatures; for the importer, which alone reads what comes from a registry.
+//! * [`key`], [`cosign`], [`bundle`]: signatures; for the importer, which alone reads what comes from a registry.
 
 #![forbid(unsafe_code)]
 
+pub mod bundle;
 pub mod cosign;
 pub mod key;
 pub mod pattern;

@@ -94,9 +94,7 @@ impl Client {
         ask.headers.insert(ACCEPT, HeaderValue::from_static(manifest::ACCEPT));
         let mut backoff = self.backoff();
         let (bytes, headers, digest) = loop {
-            let answer = self.send(&ask, &mut backoff)?;
-            let headers = answer.response.headers().clone();
-            let Some(bytes) = read_answer(answer, &ask, MAX_MANIFEST_BYTES, &mut backoff)? else { continue };
+            let (bytes, headers) = self.whole(&ask, MAX_MANIFEST_BYTES, &mut backoff)?;
             let digest = sha256(&bytes);
             if !tag_or_digest.contains(':') || tag_or_digest == digest.to_string() {
                 break (bytes, headers, digest);
@@ -105,6 +103,22 @@ impl Client {
         };
         let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).map(str::to_owned);
         Ok(ManifestBytes { bytes, content_type, digest })
+    }
+
+    /// The answer to `ask`, of at most `limit` bytes, and its headers.
+    pub(super) fn whole(
+        &self,
+        ask: &Ask,
+        limit: u64,
+        backoff: &mut Backoff,
+    ) -> Result<(Vec<u8>, HeaderMap), RegistryError> {
+        loop {
+            let answer = self.send(ask, backoff)?;
+            let headers = answer.response.headers().clone();
+            if let Some(bytes) = read_answer(answer, ask, limit, backoff)? {
+                return Ok((bytes, headers));
+            }
+        }
     }
 
     /// What a tag means now. Only its digest is asked for, which registries do not count as a pull; it is the registry's word.
@@ -207,7 +221,7 @@ impl Client {
         Ok(ask)
     }
 
-    fn ask(&self, method: Method, path: &str, what: String) -> Result<Ask, RegistryError> {
+    pub(super) fn ask(&self, method: Method, path: &str, what: String) -> Result<Ask, RegistryError> {
         let path = format!("/v2/{}/{path}", self.endpoint.repository);
         let url = http::url(&self.endpoint.host, self.endpoint.insecure, &path)?;
         Ok(Ask { method, url, headers: HeaderMap::new(), redirects: Redirects::Follow, what })

@@ -16,6 +16,7 @@ pub mod login;
 pub mod names;
 pub mod places;
 pub mod proxy;
+mod referrers;
 pub mod resolve;
 mod retry;
 pub mod site;

@@ -15,5 +15,6 @@ mod proxies;
 mod pulls;
 mod real;
 mod server;
+mod signatures;
 mod sites;
 mod submit;

@@ -220,6 +220,68 @@ fn sign(world: &World, key: &Path, repository: &str, [digest, claimed]: [&str; 2
     world.bed.hub.push(&format!("oci:{}:signature", layout.display()), &tag)
 }
 
+/// What `cosign sign --key NAME.key` of version 3 writes, in a registry that has no list of referrers.
+fn attach(world: &World, key: &Path, repository: &str, digest: &str) -> Result<()> {
+    let directory = world.directory(&format!("bundle-{}", repository.replace('/', "-")))?;
+    let statement = json!({
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{ "digest": { "sha256": digest.trim_start_matches("sha256:") } }],
+        "predicateType": "https://sigstore.dev/cosign/sign/v1",
+        "predicate": {},
+    })
+    .to_string();
+    let (kind, message) = ("application/vnd.in-toto+json", directory.join("message"));
+    fs::write(&message, format!("DSSEv1 {} {kind} {} {statement}", kind.len(), statement.len()))?;
+    let signature = directory.join("signature");
+    let mut openssl = Command::new("openssl");
+    openssl.args(["dgst", "-sha256", "-sign"]).arg(key.with_extension("key")).arg("-out").arg(&signature).arg(&message);
+    process::output_of(&mut openssl)?;
+    let bundle_type = "application/vnd.dev.sigstore.bundle.v0.3+json";
+    let bundle = json!({
+        "mediaType": bundle_type,
+        "verificationMaterial": { "publicKey": { "hint": "unknown" } },
+        "dsseEnvelope": {
+            "payload": STANDARD.encode(&statement),
+            "payloadType": kind,
+            "signatures": [{ "sig": STANDARD.encode(fs::read(signature)?) }],
+        },
+    });
+    let manifest_type = "application/vnd.oci.image.manifest.v1+json";
+    let (blob, empty) = (bundle.to_string(), "{}".to_owned());
+    let descriptor = |kind: &str, bytes: &str| json!({ "mediaType": kind, "digest": image::digest(bytes.as_bytes()), "size": bytes.len() });
+    let manifest = json!({
+        "schemaVersion": 2, "mediaType": manifest_type, "artifactType": bundle_type,
+        "config": descriptor("application/vnd.oci.empty.v1+json", &empty), "layers": [descriptor(bundle_type, &blob)],
+        "subject": { "mediaType": manifest_type, "digest": digest, "size": 1 },
+    })
+    .to_string();
+    let mut referrer = descriptor(manifest_type, &manifest);
+    referrer["artifactType"] = json!(bundle_type);
+    let index_type = "application/vnd.oci.image.index.v1+json";
+    let index = json!({ "schemaVersion": 2, "mediaType": index_type, "manifests": [referrer] }).to_string();
+    // No tool of Debian's writes artifacts: the requests of the distribution specification, "Pushing".
+    let base = format!("http://{}/v2/{repository}", world.bed.hub.host());
+    let curl = |arguments: &[&str], body: &str| -> Result<String> {
+        let file = directory.join("body");
+        fs::write(&file, body)?;
+        let mut curl = Command::new("curl");
+        curl.args(["--silent", "--show-error", "--fail", "--data-binary"]).arg(format!("@{}", file.display()));
+        process::output_of(curl.args(arguments))
+    };
+    for bytes in [&blob, &empty] {
+        let upload = curl(&["--request", "POST", "--dump-header", "-", &format!("{base}/blobs/uploads/")], "")?;
+        let location = upload.lines().find_map(|line| line.strip_prefix("Location: ")).unwrap_or_default().trim();
+        let place = format!("{location}&digest={}", image::digest(bytes.as_bytes()));
+        curl(&["--request", "PUT", "--header", "Content-Type: application/octet-stream", &place], bytes)?;
+    }
+    let put = |name: &str, kind: &str, bytes: &str| {
+        let header = format!("Content-Type: {kind}");
+        curl(&["--request", "PUT", "--header", &header, &format!("{base}/manifests/{name}")], bytes)
+    };
+    put(&image::digest(manifest.as_bytes()), manifest_type, &manifest)?;
+    put(&digest.replace(':', "-"), index_type, &index).map(drop)
+}
+
 fn signatures(world: &mut World) -> Result<()> {
     let keys = world.directory("keys")?;
     let (ours, theirs) = (key(&keys, "ours")?, key(&keys, "theirs")?);
@@ -238,19 +300,21 @@ fn signatures(world: &mut World) -> Result<()> {
         process::output_of(skopeo.arg(world.bed.hub.transport(repository)))?;
         world.bed.hub.digest(repository)
     };
-    for repository in ["good", "unsigned", "theirs", "other", "tampered"] {
+    for repository in ["good", "bundle", "bundle-theirs", "unsigned", "theirs", "other", "tampered"] {
         copy(&alpine, &format!("signed/{repository}"))?;
     }
     let digest = world.bed.hub.digest("signed/good")?;
     let index = copy(&alpine.replace("alpine", "index"), "signed/index")?;
     sign(world, &ours, "signed/good", [&digest, &digest], false)?;
     sign(world, &ours, "signed/index", [&index, &index], false)?;
+    attach(world, &ours, "signed/bundle", &digest)?;
+    attach(world, &theirs, "signed/bundle-theirs", &digest)?;
     sign(world, &theirs, "signed/theirs", [&digest, &digest], false)?;
     sign(world, &ours, "signed/other", [&digest, &index], false)?;
     sign(world, &ours, "signed/tampered", [&digest, &digest], true)?;
     // Without the rule all of them may be used, and are in the store afterwards.
     let image = |repository: &str| format!("signed/{repository}");
-    for repository in ["good", "unsigned", "theirs", "other", "tampered", "index"] {
+    for repository in ["good", "bundle", "bundle-theirs", "unsigned", "theirs", "other", "tampered", "index"] {
         world.srun(&[&format!("--container-image={}", image(repository)), "true"])?.success()?;
     }
     let rules = format!(
@@ -260,11 +324,15 @@ fn signatures(world: &mut World) -> Result<()> {
     );
     with_rules(world, &rules, |world| {
         // The second time from the store.
-        for repository in ["good", "index", "good", "index"] {
+        for repository in ["good", "bundle", "index", "good", "bundle", "index"] {
             world.srun(&[&format!("--container-image={}", image(repository)), "true"])?.success()?;
         }
         for (repository, problem) in [
             ("theirs", "it has signatures, but of other keys, or of something that was changed afterwards".to_owned()),
+            (
+                "bundle-theirs",
+                "it has signatures, but of other keys, or of something that was changed afterwards".to_owned(),
+            ),
             (
                 "tampered",
                 "it has signatures, but of other keys, or of something that was changed afterwards".to_owned(),
