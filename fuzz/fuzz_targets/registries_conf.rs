@@ -1,12 +1,17 @@
-//! Any text as a `registries.conf`: read or refused in one line, and what passes the check gives endpoints.
+//! Any text as a `registries.conf`: read or refused in one line, and what passes the check gives endpoints; and as a
+//! `pyxis.toml`.
 #![no_main]
 
+use std::path::Path;
+
 use libfuzzer_sys::fuzz_target;
+use spank_pyxis::config::Config;
 use spank_pyxis::image::reference::ImageReference;
 use spank_pyxis::registry::config::RegistryConfig;
 use spank_pyxis::registry::containers::Registries;
 
 fuzz_target!(|text: &str| {
+    let _ = Config::parse(text, Path::new("/etc/pyxis/pyxis.toml"));
     let mut found = Registries::default();
     if let Err(error) = found.add(text) {
         assert!(!error.contains('\n'), "{error}");

@@ -4,7 +4,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 use testbed::process::{self, Output};
-use testbed::{images, wait};
+use testbed::{image, images, wait};
 
 use crate::world::World;
 
@@ -121,6 +121,24 @@ fn the_doctor_says_which_step_fails() {
     let (names, last) = failed(&format!("localhost:{port}/x"));
     assert_eq!(names.last().unwrap(), "connection");
     assert!(last["detail"].as_str().unwrap().contains("connection refused"), "{last}");
+    let layout = world.site.path("s390x");
+    let name = images::busybox(&layout).unwrap();
+    let mut manifest = image::manifest(&layout).unwrap();
+    manifest["platform"]["architecture"] = "s390x".into();
+    image::index(&layout, &[manifest]).unwrap();
+    world.registry.push(&name, "s390x:latest").unwrap();
+    let (names, last) = failed(&format!("{host}/s390x"));
+    assert_eq!(names.last().unwrap(), "platform");
+    assert!(last["detail"].as_str().unwrap().contains("there is one for linux/s390x"), "{last}");
+    // A mirror that does not answer is told, and is no failure.
+    let mirrors = format!("mirrors = [{{ location = \"localhost:{port}\", insecure = true }}]");
+    let table = format!("[registry.\"{host}\"]\ninsecure = true\n{mirrors}\n");
+    std::fs::write(world.home.join("pyxis.toml"), table).unwrap();
+    let output = run(&world, &["--config", "pyxis.toml", "doctor", &format!("{host}/busybox")]);
+    let mirror = format!("ok       mirror: localhost:{port}/busybox\n");
+    let told = format!("warning  connection: localhost:{port}: connection refused");
+    assert!(output.stdout.contains(&mirror) && output.stdout.contains(&told), "{output}");
+    assert!(output.code() == 0 && output.stdout.contains(" manifest: "), "{output}");
 }
 
 #[test]

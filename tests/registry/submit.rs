@@ -1,5 +1,7 @@
 //! What `srun` asks for all nodes of a step before it starts: what an image's tag means.
 
+use std::io::{BufRead, BufReader};
+use std::net::{Ipv4Addr, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -197,4 +199,31 @@ fn nodes_agree_at_a_port_for_srun() {
     // All are taken: each node asks for itself.
     std::fs::write(submit.home.path().join("slurm.conf"), format!("SrunPortRange={taken}-{taken}\n")).unwrap();
     assert_eq!(submit.answer(&image, None, "network.submit_timeout = 0"), None);
+}
+
+/// Whether nodes come to it or not.
+#[test]
+fn the_place_ends_with_srun() {
+    let submit = registry();
+    let (config, image) = (submit.home.path().join("pyxis.toml"), submit.home.path().join("image"));
+    std::fs::write(&config, "network.submit_timeout = 0\n").unwrap();
+    std::fs::write(&image, "reg.io/team/image").unwrap();
+    // The shell stands for srun.
+    let mut command = Command::new("bash");
+    command.args([
+        "-c",
+        "(exec -a \"$0\" \"$1\" \"$2\" 2 <\"$3\"); read -r line",
+        MEANING,
+        env!("CARGO_BIN_EXE_pyxis"),
+    ]);
+    command.arg(config).arg(image).env("HOME", submit.home.path()).env("ENROOT_SYSCONF_PATH", "/nonexistent");
+    let mut srun = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(srun.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    let Some(TagMeaning::Asked(place)) = TagMeaning::parse(line.trim_end()) else { panic!("{line}") };
+    let connected = || TcpStream::connect((Ipv4Addr::LOCALHOST, place.port));
+    drop(connected().unwrap());
+    drop(srun.stdin.take());
+    srun.wait().unwrap();
+    testbed::wait::until("the end of the place", testbed::wait::DEADLINE, || connected().err()).unwrap();
 }

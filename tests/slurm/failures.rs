@@ -169,6 +169,12 @@ fn no_space(world: &mut World) -> Result<()> {
         ensure!(before.starts_with(&expected) && before.contains(&format!(" available in {place}, ")), "{before}");
         let advice = "and the rest is in use: free space there, or set store.path to a larger file system";
         ensure!(before.ends_with(advice), "{before}");
+        let doctor = crate::pull::pyxis(world, &["doctor", &large])?;
+        let line = doctor.stdout.lines().last().unwrap_or_default();
+        ensure!(
+            doctor.code() == 1 && line.starts_with("FAILED   space: ") && line.contains(&*place.to_string()),
+            "{doctor}"
+        );
         // What turns out on the way.
         let store = format!("[store]\npath = \"{place}\"\n[import]\nspace_factor = 0.1\n");
         world.bed.pyxis.configure(&(world.configuration() + &store))?;

@@ -81,8 +81,18 @@ fn pull_policy(world: &mut World) -> Result<()> {
     assert_eq!(run(&["-N1"])?, new);
     let absent = format!("--container-image={}", world.new_image(1002)?);
     let error = world.refused(&[&absent, "--container-pull=never"], "pyxis: failed to import docker image: ")?;
-    ensure!(error.contains("the registry is not to be asked (--container-pull=never), and "), "{error}");
-    Ok(())
+    let never = "the registry is not to be asked (--container-pull=never), and ";
+    ensure!(error.contains(never), "{error}");
+    // By the environment, and by the configuration, which an option overrules.
+    let mut variable = world.bed.cluster.command(0, "srun", [&absent, "true"]);
+    let output = process::run(variable.env("PYXIS_CONTAINER_PULL", "never"), wait::DEADLINE)?;
+    ensure!(!output.status.success() && output.stderr.contains(never), "{output}");
+    world.bed.pyxis.configure(&(world.configuration() + "[store]\npull = \"never\"\n"))?;
+    let (refused, asked) =
+        (world.refused(&[&absent], never), world.srun(&[&absent, "--container-pull=recent", "true"]));
+    world.bed.pyxis.configure(&world.configuration())?;
+    refused?;
+    asked?.success().map(drop)
 }
 
 /// An index with this platform among others: the right one is chosen, also when it is not the first.

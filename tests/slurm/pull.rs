@@ -5,8 +5,9 @@ use std::os::unix::fs::PermissionsExt;
 
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
+use testbed::proxy::Behaviour;
 use testbed::registry::Account;
-use testbed::{Output, images, process, wait};
+use testbed::{Output, Running, images, process, wait};
 
 use crate::Case;
 use crate::shape::shape;
@@ -14,6 +15,7 @@ use crate::world::World;
 
 pub const CASES: &[Case] = &[
     ("pull_fills_the_store", fills_the_store),
+    ("pull_brings_several_images_at_once", at_once),
     ("pull_says_what_failed", says_what_failed),
     ("pull_is_for_root", for_root),
     ("pull_obeys_the_policy", policy),
@@ -71,6 +73,28 @@ fn pull_and_look(world: &World) -> Result<()> {
     let checks = json(&pyxis(world, &["doctor", "--json", names[0]])?.success()?)?;
     let space = checks.as_array().and_then(|checks| checks.last().cloned()).unwrap_or_default();
     assert_eq!((&space["name"], &space["status"]), (&json!("space"), &json!("ok")));
+    Ok(())
+}
+
+/// None of them waits for another one that gets nowhere.
+fn at_once(world: &mut World) -> Result<()> {
+    let host = world.proxy.host();
+    let mut images = Vec::new();
+    for _ in 0..2 {
+        images.push(format!("{host}/library/{}", world.new_image(100_000)?));
+    }
+    let before = world.proxy.connections();
+    world.proxy.set(Behaviour::StallAfter(0));
+    let program = world.bed.pyxis.executable.display().to_string();
+    let mut command = world.bed.cluster.nodes()[0].command(&program);
+    command.arg("--config").arg(&world.bed.pyxis.config).arg("pull").args(&images);
+    let running = Running::start(&mut command)?;
+    let both = || (world.proxy.connections() >= before + 2).then_some(());
+    let asked = wait::until("both images to be asked for", wait::DEADLINE, both);
+    world.proxy.set(Behaviour::Pass);
+    let output = running.wait(wait::DEADLINE)?.success()?;
+    asked?;
+    assert_eq!(output.stdout.lines().count(), 2, "{output}");
     Ok(())
 }
 

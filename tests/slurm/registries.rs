@@ -18,6 +18,7 @@ pub const CASES: &[Case] = &[
     ("wrong_password", wrong_password),
     ("commands_in_credentials_run_as_the_user", commands),
     ("credentials_of_the_site", site_credentials),
+    ("a_helper_of_the_site", site_helper),
     ("bearer_tokens", bearer_tokens),
     ("interrupted_downloads_resume", interrupted),
     ("mirror_down_is_one_line", mirror_down),
@@ -25,6 +26,7 @@ pub const CASES: &[Case] = &[
     ("certificate_nobody_knows", certificate),
     ("certificates_as_docker_has_them", certificates),
     ("credential_helpers_run_as_the_user", helpers),
+    ("secrets_do_not_show_while_they_are_used", hidden),
     ("revoked_credentials_end_the_use_of_stored_layers", revoked),
     ("a_repository_for_others", for_others),
 ];
@@ -136,6 +138,51 @@ fn nowhere(world: &World, secret: &str) -> Result<()> {
     Ok(())
 }
 
+/// In the middle of an import: no process has them for others to see, and none leaves them in a core file.
+fn hidden(world: &mut World) -> Result<()> {
+    no_credentials(world);
+    let Account { user, password } = world.private.accounts()[0].clone();
+    let proxy = testbed::proxy::Proxy::start(world.private.port())?;
+    let host = proxy.host();
+    let line = format!("machine {host} login {user} password {password}\n");
+    credentials(world, 0, ".config/enroot/.credentials", &line)?;
+    let insecure = format!("[registry.\"{host}\"]\ninsecure = true\n");
+    world.bed.pyxis.configure(&(world.configuration() + &insecure))?;
+    // Another host than the one from which the store has the layer.
+    proxy.set(Behaviour::StallAfter(20_000));
+    let image = format!("--container-image={host}/team/private:netrc");
+    let running = world.start(&["-w", "node1", &image, "id", "-un"])?;
+    let seen = proxy.wait_until_held(wait::DEADLINE).and_then(|()| look_for(world, &password));
+    proxy.set(Behaviour::Pass);
+    let output = running.wait(wait::DEADLINE);
+    world.bed.pyxis.configure(&world.configuration())?;
+    no_credentials(world);
+    seen?;
+    assert_eq!(output?.success()?.stdout, "pyxis-test-1\n");
+    nowhere(world, &password)
+}
+
+/// Fails if a process of node1 shows `secret`, or one that knows it may dump core.
+fn look_for(world: &World, secret: &str) -> Result<()> {
+    let mut known = Vec::new();
+    for process in world.bed.cluster.nodes()[0].processes() {
+        let read = |file: &str| fs::read(format!("/proc/{}/{file}", process.pid)).unwrap_or_default();
+        for file in ["cmdline", "environ"] {
+            ensure!(!String::from_utf8_lossy(&read(file)).contains(secret), "{file} of {process:?}");
+        }
+        let role = ["pyxis-importer", "pyxis-credentials"].into_iter().find(|role| process.command.starts_with(role));
+        if let Some(role) = role {
+            let limits = String::from_utf8_lossy(&read("limits")).into_owned();
+            let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap_or_default();
+            ensure!(core.split_whitespace().skip(4).take(2).all(|limit| limit == "0"), "{process:?}: {core}");
+            known.push(role);
+        }
+    }
+    known.sort_unstable();
+    ensure!(known == ["pyxis-credentials", "pyxis-importer"], "{known:?}");
+    Ok(())
+}
+
 /// Users without credentials of their own pull with those of the site, and do not get to see them.
 fn site_credentials(world: &mut World) -> Result<()> {
     no_credentials(world);
@@ -158,6 +205,40 @@ fn site_credentials(world: &mut World) -> Result<()> {
     ensure!(!read.status.success(), "{read}");
     error?;
     nowhere(world, &password)
+}
+
+/// A program of the site's for who has no credentials of his own: run as he is.
+fn site_helper(world: &mut World) -> Result<()> {
+    no_credentials(world);
+    let Account { user, password } = world.private.accounts()[0].clone();
+    let host = world.private.host();
+    let witness = world.make_directory(1, "work")?.join("site-helper");
+    let answer = serde_json::json!({"ServerURL": host, "Username": user, "Secret": password}).to_string();
+    let answer = world.bed.site.write("etc/site-answer.json", answer)?;
+    fs::set_permissions(&answer, fs::Permissions::from_mode(0o644))?;
+    let script = format!(
+        "#!/bin/sh\nread -r server; echo \"$(id -un) $1 $server\" >>{}\ncat {}\n",
+        witness.display(),
+        answer.display()
+    );
+    let program = world.bed.site.write("etc/site-helper", script)?;
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    let table = format!("[registry.\"{host}\"]\n");
+    let helper = format!("{table}credential_helper = \"{}\"\n", program.display());
+    world.bed.pyxis.configure(&world.configuration().replace(&table, &helper))?;
+    let result = world.sh_as(1, &["-w", "node1", &private(world, "helper")], "id -un");
+    world.bed.pyxis.configure(&world.configuration())?;
+    fs::remove_file(&answer)?;
+    assert_eq!(result?, "pyxis-test-2");
+    let asked = fs::read_to_string(&witness)?;
+    ensure!(asked.lines().all(|line| line == format!("pyxis-test-2 get {host}")) && !asked.is_empty(), "{asked}");
+    fs::remove_file(&witness)?;
+    let log = process::run(
+        std::process::Command::new("grep").args(["-rlF", "-e", &password]).arg(world.bed.site.path("log")),
+        wait::DEADLINE,
+    )?;
+    ensure!(log.stdout.is_empty(), "{log}");
+    Ok(())
 }
 
 /// Tokens for nobody in particular, and for somebody with a password.
