@@ -129,10 +129,10 @@ impl Acquisition<'_, '_> {
     /// What the tag of the image means, if another node of the step has learned it.
     fn agree(&mut self, typed: &str, settings: &ImportSettings, place: &Place) -> Result<Option<Meaning>, BrokerError> {
         self.leader.wait_until_arrived()?;
-        let Some(address) = self.leader.launched_from.as_deref() else { return Ok(None) };
         let leader = &*self.leader;
+        let address = leader.launched_from.as_deref().unwrap_or("an unknown address");
         let agreed = match address.parse::<IpAddr>() {
-            Err(_) => Agreed::Alone("no address".into()),
+            Err(_) => Agreed::Alone("Slurm does not say where srun is".into()),
             Ok(address) => {
                 let cancel: [BorrowedFd<'_>; 2] = [leader.channel.as_fd(), self.life.as_fd()];
                 import::agree(settings, &self.request.user, (address, place), &cancel, |pid| {

@@ -56,8 +56,9 @@ enum Found {
     Unknown,
 }
 
-/// The role: the configuration's path, the number of the step's nodes (0: who knows) and, if the user has said so, when to
-/// ask are its arguments, the image's name is its input, a [`Meaning`] or the place where nodes agree on it its output.
+/// The role: the configuration's path, the number of the step's nodes (0: that is not known, and when it starts neither) and,
+/// if the user has said so, when to ask are its arguments, the image's name is its input, a [`Meaning`] or the place where
+/// nodes agree on it its output.
 pub fn main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let config = arguments.next().map(PathBuf::from).unwrap_or_default();
     let nodes = arguments.next().unwrap_or_default();
@@ -96,7 +97,7 @@ fn find(config: &Path, nodes: &OsStr, policy: Option<PullPolicy>) -> Result<Foun
     if !asks {
         return Ok(Found::NotAsked);
     }
-    if network.submit_timeout == 0 {
+    if network.submit_timeout == 0 || nodes == "0" {
         return Ok(Found::Unknown);
     }
     let time = Duration::from_secs(network.submit_timeout.into()).min(MOST_TIME);

@@ -31,7 +31,7 @@ pub fn become_one(nodes: &OsStr) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// The role: the number of the step's nodes (0: who knows) is its argument, the [`Place`] its output. A child stays, until all
+/// The role: the number of the step's nodes (0: that is not known) is its argument, the [`Place`] its output. A child stays, until all
 /// nodes have been answered or the caller has ended.
 pub fn main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let nodes = arguments.next().and_then(|number| number.to_str()?.parse().ok()).unwrap_or(0);

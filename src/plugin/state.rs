@@ -63,7 +63,7 @@ pub struct State {
     /// What plugstack.conf says.
     pub arguments: Result<Arguments, ArgumentError>,
     failure: Option<String>,
-    /// What `srun` has learned of the image's tag; empty if it could not.
+    /// What `srun` tells the nodes about the image's tag.
     meaning: Option<String>,
     /// How many components the step has, by the command line.
     components: usize,
@@ -159,7 +159,7 @@ impl State {
         self.components > 1
     }
 
-    /// What has been learned of the image's tag, if that was tried; empty if it did not work.
+    /// What the nodes are told about the image's tag.
     pub fn meaning(&self) -> Option<&str> {
         self.meaning.as_deref()
     }

@@ -70,11 +70,14 @@ pub(super) fn register(spank: &mut dyn Spank) -> Result<(), Failed> {
     Ok(())
 }
 
+/// Whether the step is, or may be, of a heterogeneous job.
+pub(super) fn has_components(state: &State, spank: &dyn Spank) -> bool {
+    state.has_components() || spank.variable("SLURM_HET_SIZE").is_some()
+}
+
 /// Whether nodes could find different images behind a tag: a single one asks by itself.
 pub(super) fn has_several_nodes(state: &State, spank: &dyn Spank) -> bool {
-    state.has_components()
-        || spank.variable("SLURM_HET_SIZE").is_some()
-        || spank.number(Item::Nodes).is_ok_and(|nodes| nodes > 1)
+    has_components(state, spank) || spank.number(Item::Nodes).is_ok_and(|nodes| nodes > 1)
 }
 
 /// What the image's tag means, as the executable finds out with the user's credentials, if it is here and does so soon; else
@@ -87,9 +90,8 @@ pub(super) fn meaning_of_tag(state: &State, spank: &dyn Spank) -> Option<String>
         return None;
     }
     let mut command = Command::new(&arguments.executable);
-    // Of other components nobody here knows how many nodes they have.
-    let alone = !state.has_components() && spank.variable("SLURM_HET_SIZE").is_none();
-    let nodes = if alone { spank.number(Item::Nodes).unwrap_or(0) } else { 0 };
+    // Components get their nodes later.
+    let nodes = if has_components(state, spank) { 0 } else { spank.number(Item::Nodes).unwrap_or(0) };
     command.arg0(crate::cli::MEANING).arg(&arguments.config).arg(nodes.to_string());
     command.args(options.pull.map(PullPolicy::name));
     // Not an argument, because there may be a password in it.

@@ -504,7 +504,7 @@ fn srun_asks_what_a_tag_means_for_several_nodes() {
     let answer = |nodes: u32, policy: &str| Some(format!("1 {digest} oracle {nodes} {policy} alpine"));
     assert_eq!(ask(2, &[], "alpine", &[]), answer(2, ""));
     assert_eq!(ask(2, &[], "alpine", &[(OptionId::Pull, "always")]), answer(2, "always"));
-    // A component of a step whose other components may be on other nodes.
+    // Components, which may be on other nodes, whenever they are.
     assert_eq!(ask(1, &[("SLURM_HET_SIZE", "2")], "alpine", &[]), answer(0, ""));
     for (nodes, image, pull) in [
         (1, "alpine", "recent"),

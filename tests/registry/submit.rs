@@ -44,13 +44,18 @@ impl Submit {
         }
     }
 
-    /// The answer, if there is one. Where nodes agree is there until this process ends.
+    /// The answer, if there is one, for a step of two nodes.
     fn answer(&self, image: &str, policy: Option<&str>, more: &str) -> Option<TagMeaning> {
+        self.answer_for("2", image, policy, more)
+    }
+
+    /// The same for a step of any. Where nodes agree is there until this process ends.
+    fn answer_for(&self, nodes: &str, image: &str, policy: Option<&str>, more: &str) -> Option<TagMeaning> {
         let host = self.server.host();
         let config = self.home.path().join("pyxis.toml");
         std::fs::write(&config, format!("{more}\n[registry.\"{host}\"]\ninsecure = true\n")).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_pyxis"));
-        command.arg0(MEANING).arg(config).arg("2").args(policy).env_clear().env("HOME", self.home.path());
+        command.arg0(MEANING).arg(config).arg(nodes).args(policy).env_clear().env("HOME", self.home.path());
         command.env("SLURM_CONF", self.home.path().join("slurm.conf"));
         command.env("ENROOT_SYSCONF_PATH", "/nonexistent");
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
@@ -122,6 +127,8 @@ fn it_is_not_asked_for_where_it_does_not_matter() {
         assert_eq!(submit.answer(image, policy, more), None, "{image}");
     }
     submit.place(&image, None, "network.submit_timeout = 0");
+    // When components start, what a tag has meant may be old.
+    assert!(matches!(submit.answer_for("0", &image, None, ""), Some(TagMeaning::Asked(_))));
     assert_eq!(submit.server.requests().len(), 0);
 }
 

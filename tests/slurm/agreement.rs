@@ -162,6 +162,14 @@ fn first_node(world: &mut World) -> Result<()> {
         ensure!(node1 != node2, "the tag has not moved");
         let (recent, looks) = digests(world, moving, &["-N2"])?;
         assert_eq!((&recent[0], looks), (&recent[1], 0));
+        // Components are of one step.
+        let image = format!("--container-image={}/moving:latest", moving.server.host());
+        let script = ["sh", "-c", "echo $PYXIS_IMAGE_DIGEST"];
+        let (first, second) = (["-w", "node1", "--container-pull=always", &image], [":", "-w", "node2"]);
+        let before = moving.looks();
+        let output = world.srun(&[&first[..], &script, &second, &script].concat())?.success()?;
+        let lines = sorted(&output.stdout);
+        assert_eq!((lines.len(), lines[0], moving.looks() - before), (2, lines[1], 1), "{output}");
         no_hosts(world)
     })?;
     // Because the way there is closed to srun: the job's proxy is never one to a registry with plain HTTP.
