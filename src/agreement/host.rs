@@ -15,6 +15,8 @@ use crate::request::{Meaning, Place};
 
 /// How long a connection may take to say who it is.
 const GREETING: Duration = Duration::from_secs(5);
+/// How long not to accept connections after that has failed.
+const PAUSE: Duration = Duration::from_millis(20);
 /// How many nodes ask the registry, one after the other, if none of them learns anything.
 const MAX_FAILURES: usize = 3;
 /// Most connections at a time: more have to wait until they are accepted.
@@ -141,9 +143,13 @@ impl Host {
     }
 
     fn accept(&mut self, listener: &TcpListener, most: usize) {
-        while self.guests.len() < most
-            && let Ok((stream, _)) = listener.accept()
-        {
+        while self.guests.len() < most {
+            let stream = match listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // It hung up before its turn came, or there are no descriptors now.
+                Err(_) => return std::thread::sleep(PAUSE),
+            };
             let ready = stream.set_nonblocking(true).and_then(|()| stream.set_nodelay(true));
             if ready.is_ok() {
                 let (since, received) = (Instant::now(), Vec::new());
