@@ -29,7 +29,7 @@ use super::root::RootTraits;
 use crate::mounts::entry::Create;
 use crate::mounts::rootdir::RootDir;
 use crate::sys::mount::{
-    Attributes, FsContext, MountError, attach, attach_at, attach_over, clone_tree, set_attributes,
+    Attributes, FsContext, MountError, attach, attach_at, attach_changed, attach_over, clone_tree, set_attributes,
 };
 use crate::task::UserMessage;
 use crate::{mounts, sys};
@@ -184,8 +184,7 @@ impl Executor<'_> {
             Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
             other => other?,
         };
-        let bind = bind(node.as_fd(), NODEV | NOSUID | NOEXEC)?;
-        attach(bind.as_fd(), node.as_fd())
+        bind(node.as_fd(), NODEV | NOSUID | NOEXEC)?.attach(|bind| attach(bind, node.as_fd()))
     }
 
     fn device_node(&self, node: &DeviceNode) -> Result<(), ApplyError> {
@@ -211,8 +210,9 @@ impl Executor<'_> {
         if (there.st_rdev, there.st_mode) == (wanted.st_rdev, wanted.st_mode) {
             return Ok(());
         }
-        let bind = bind(source.as_fd(), RDONLY | NOSUID | NOEXEC).map_err(&failed)?;
-        attach(bind.as_fd(), target.as_fd()).map_err(&failed)
+        bind(source.as_fd(), RDONLY | NOSUID | NOEXEC)
+            .and_then(|bind| bind.attach(|bind| attach(bind, target.as_fd())))
+            .map_err(&failed)
     }
 
     /// Nothing is made in the host's own `/dev`.
@@ -339,8 +339,7 @@ impl Executor<'_> {
         made.write_all(&file.content).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
         rustix::fs::fchmod(&made, Mode::from_raw_mode(file.mode))?;
         let target = self.place.root.mount_point(&file.path, Create::File)?;
-        let bind = bind(made.as_fd(), RDONLY | NOSUID | NODEV)?;
-        attach(bind.as_fd(), target.as_fd())
+        bind(made.as_fd(), RDONLY | NOSUID | NODEV)?.attach(|bind| attach(bind, target.as_fd()))
     }
 
     fn link(&self, tmpfs: &OwnedFd, name: &str, link: &Link) -> Result<(), Errno> {
@@ -370,26 +369,38 @@ fn make_link(target: &str, directory: BorrowedFd<'_>, name: &str) -> bool {
     }
 }
 
-/// Covers the name `name` of `directory` by `mount`. What is missing is made as a stub.
-fn show_over(mount: OwnedFd, directory: BorrowedFd<'_>, name: impl Arg + Copy) -> Result<(), Errno> {
+/// Covers the name `name` of `directory` by `bind`. What is missing is made as a stub.
+fn show_over(bind: Bind, directory: BorrowedFd<'_>, name: impl Arg + Copy) -> Result<(), Errno> {
     // Not opened: that would open it on the layer below, too.
     match rustix::fs::mknodat(directory, name, FileType::RegularFile, Mode::empty(), 0) {
         Err(Errno::EXIST) => {}
         other => other?,
     }
-    attach_over(mount.as_fd(), directory, name)
+    bind.attach(|bind| attach_over(bind, directory, name))
 }
 
-/// A detached bind of what `source` refers to.
-fn bind(source: BorrowedFd<'_>, set: u64) -> Result<OwnedFd, Errno> {
+/// A detached bind, and the flags that it gets.
+struct Bind {
+    mount: OwnedFd,
+    set: u64,
+}
+
+impl Bind {
+    fn attach(self, attach: impl FnOnce(BorrowedFd<'_>) -> Result<(), Errno>) -> Result<(), Errno> {
+        let mount = self.mount.as_fd();
+        let attributes = Attributes { set: self.set, propagation: libc::MS_PRIVATE, ..Attributes::default() };
+        attach_changed(mount, || set_attributes(mount, &attributes), || attach(mount))
+    }
+}
+
+/// Of what `source` refers to.
+fn bind(source: BorrowedFd<'_>, set: u64) -> Result<Bind, Errno> {
     bind_at(source, Path::new(""), set)
 }
 
 /// The same of `path`, relative to `directory`.
-fn bind_at(directory: BorrowedFd<'_>, path: &Path, set: u64) -> Result<OwnedFd, Errno> {
-    let mount = clone_tree(directory, path, false)?;
-    set_attributes(mount.as_fd(), &Attributes { set, propagation: libc::MS_PRIVATE, ..Attributes::default() })?;
-    Ok(mount)
+fn bind_at(directory: BorrowedFd<'_>, path: &Path, set: u64) -> Result<Bind, Errno> {
+    Ok(Bind { mount: clone_tree(directory, path, false)?, set })
 }
 
 fn failed(what: &'static str, path: &Path) -> impl Fn(Errno) -> ApplyError {

@@ -31,7 +31,7 @@ use crate::namespaces;
 use crate::request::Environment;
 use crate::rootfs::identity::HostUser;
 use crate::rootfs::{cgroups, overlay};
-use crate::sys::mount::{Attributes, FsContext, attach, attach_at, set_attributes};
+use crate::sys::mount::{Attributes, FsContext, attach, attach_at, attach_changed, set_attributes, set_attributes_at};
 use crate::task::UserMessage;
 use crate::unpacked::make_private_directory;
 
@@ -204,8 +204,9 @@ impl<'a> Alone<'a> {
     pub fn furnish(&self, root: OwnedFd, extras: Extras, new_proc: bool) -> Result<Ready, Failure> {
         let Self { start, host, site, is_confined } = self;
         let hardened = Attributes { set: libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV, ..Attributes::default() };
-        set_attributes(root.as_fd(), &hardened).map_err(step("protect the root filesystem"))?;
-        attach_at(root.as_fd(), &overlay::attach_point(start.runtime)).map_err(step("attach the root filesystem"))?;
+        let attach = || attach_at(root.as_fd(), &overlay::attach_point(start.runtime));
+        attach_changed(root.as_fd(), || set_attributes(root.as_fd(), &hardened), attach)
+            .map_err(step("attach the root filesystem"))?;
         let image = ImageConfig::default();
         let mut furnisher = Furnisher::new(start, site, &image, host, root)?;
         let hooks = extras.hooks.map(|text| write_program(&start.runtime.join("hooks.sh"), &text)).transpose();
@@ -229,7 +230,7 @@ impl<'a> Alone<'a> {
         let _ = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWCGROUP) };
         if !site.choices.writable {
             let attributes = Attributes { set: libc::MOUNT_ATTR_RDONLY, ..Attributes::default() };
-            set_attributes(root.as_fd(), &attributes).map_err(step("make the root filesystem read-only"))?;
+            set_attributes_at(Path::new("/"), &attributes).map_err(step("make the root filesystem read-only"))?;
         }
         log.extend(oci_hooks.start(start, &environment)?);
         let terminal = start.environment.get("TERM").filter(|terminal| !terminal.is_empty()).unwrap_or(b"dumb");

@@ -43,7 +43,9 @@ use crate::rootfs::identity::HostUser;
 use crate::rootfs::{cgroups, overlay, squashfuse};
 use crate::store::LeasedLayer;
 use crate::sys::channel::Channel;
-use crate::sys::mount::{Attributes, MountError, attach_at, clone_tree, set_attributes};
+use crate::sys::mount::{
+    Attributes, MountError, attach_at, attach_changed, clone_tree, set_attributes, set_attributes_at,
+};
 use crate::sys::process::{
     become_user_keeping, block_all_signals, close_all_but, die_with_parent, exit_now, set_capabilities,
 };
@@ -214,6 +216,9 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     let attached = overlay::attach_point(start.runtime);
     if let Root::Mount(overlay) = &root {
         attach_at(overlay.as_fd(), &attached).map_err(step("attach the root filesystem"))?;
+        // That of a running container may have been made read-only there.
+        let writable = Attributes { clear: libc::MOUNT_ATTR_RDONLY, ..Attributes::default() };
+        set_attributes(overlay.as_fd(), &writable).map_err(step("attach the root filesystem"))?;
     }
     rustix::process::chdir(&attached).map_err(step("enter the root filesystem"))?;
 
@@ -229,15 +234,21 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     die_with_parent(start.broker).map_err(step("container init"))?;
     channel.send(&FromInit::Started, &[]).map_err(|_| InitError::Abandoned)?;
 
+    let mut hardened = Attributes::default();
     let (root, lock) = match root {
         // A locked mount cannot become the root; a bind of it on itself can.
         Root::Mount(_) => {
             (clone_tree(CWD.as_fd(), Path::new("."), false).map_err(step("bind the root filesystem"))?, None)
         }
         Root::Squashfuse => (mount_over_fuse(start, channel, site.choices.remap_root)?, None),
-        Root::Tree(path) => bind_tree(&path)?,
+        Root::Tree(path) => {
+            hardened.set = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+            bind_tree(&path)?
+        }
     };
-    attach_at(root.as_fd(), Path::new(".")).map_err(step("bind the root filesystem"))?;
+    let harden = || set_attributes(root.as_fd(), &hardened);
+    attach_changed(root.as_fd(), harden, || attach_at(root.as_fd(), Path::new(".")))
+        .map_err(step("bind the root filesystem"))?;
     rustix::process::fchdir(&root).map_err(step("enter the root filesystem"))?;
 
     let image = ImageConfig::of_root(start.image_config).map_err(|error| InitError::Other(error.to_string()))?;
@@ -269,7 +280,7 @@ fn build(start: &Start<'_>, channel: &Channel<FromInit, ToInit>) -> Result<Ready
     }
     if !site.choices.writable {
         let attributes = Attributes { set: libc::MOUNT_ATTR_RDONLY, ..Attributes::default() };
-        set_attributes(root.as_fd(), &attributes).map_err(step("make the root filesystem read-only"))?;
+        set_attributes_at(Path::new("/"), &attributes).map_err(step("make the root filesystem read-only"))?;
     }
     for line in oci_hooks.start(start, &environment)? {
         let line = UserMessage::Log(format!("pyxis: {line}"));
@@ -311,9 +322,8 @@ fn receive_root(channel: &Channel<FromInit, ToInit>) -> Result<Root, InitError> 
 /// it at the same time.
 fn bind_tree(path: &Path) -> Result<(OwnedFd, Option<OwnedFd>), InitError> {
     let lock = furnishing::lock(path).map_err(|reason| InitError::Other(reason.into()))?;
-    let attributes = Attributes { set: libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV, ..Attributes::default() };
     clone_tree(CWD.as_fd(), path, true)
-        .and_then(|tree| set_attributes(tree.as_fd(), &attributes).map(|()| (tree, lock)))
+        .map(|tree| (tree, lock))
         .map_err(|errno| InitError::Other(format!("cannot use {}: {}", path.display(), sys::reason(errno))))
 }
 

@@ -1,16 +1,16 @@
 //! Executes one [`MountEntry`]: by descriptors, so that no path is walked twice.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, FileType, StatVfsMountFlags};
+use rustix::fs::{AtFlags, CWD, FileType};
 use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, MountFlags, OpenTreeFlags, UnmountFlags};
 
 use super::entry::{self, Action, Create, MountEntry};
 use super::rootdir::RootDir;
 use crate::sys;
-use crate::sys::mount::{Attributes, FsContext, attach, clone_tree, set_attributes};
+use crate::sys::mount::{Attributes, FLAGS, FsContext, attach, attach_changed, clone_tree, path_of, set_attributes};
 
 /// A mount that failed, in the words of `enroot-mount`.
 #[derive(Debug, thiserror::Error)]
@@ -78,15 +78,13 @@ fn try_apply(root: RootDir<'_>, cwd: &Path, entry: &MountEntry) -> Result<(), Ap
                     (clone()?, target)
                 }
             };
-            set_flags(tree.as_fd(), entry).map_err(failed("mount"))?;
-            attach(tree.as_fd(), target.as_fd()).map_err(failed("mount"))
+            attach_with_flags(tree.as_fd(), target.as_fd(), entry).map_err(failed("mount"))
         }
         Action::New { kind, data } => {
             let target = target(directory_if_auto)?;
             let mount = new_file_system(kind, &entry.source, data)
                 .map_err(|error| failed("mount")(error.errno().unwrap_or(Errno::IO)))?;
-            set_flags(mount.as_fd(), entry).map_err(failed("mount"))?;
-            attach(mount.as_fd(), target.as_fd()).map_err(failed("mount"))
+            attach_with_flags(mount.as_fd(), target.as_fd(), entry).map_err(failed("mount"))
         }
         Action::Remount { bind: true, .. } => set_flags(target(Create::No)?.as_fd(), entry).map_err(failed("mount")),
         Action::Remount { bind: false, data } => {
@@ -110,9 +108,8 @@ fn try_apply(root: RootDir<'_>, cwd: &Path, entry: &MountEntry) -> Result<(), Ap
     }
 }
 
-/// A path for the calls that take no descriptor.
-fn path_of(fd: BorrowedFd<'_>) -> String {
-    format!("/proc/self/fd/{}", fd.as_raw_fd())
+fn attach_with_flags(mount: BorrowedFd<'_>, target: BorrowedFd<'_>, entry: &MountEntry) -> Result<(), Errno> {
+    attach_changed(mount, || set_flags(mount, entry), || attach(mount, target))
 }
 
 /// Flags on the topmost mount only: what a bind brought with it keeps its own.
@@ -143,16 +140,8 @@ fn set_propagation(mount: BorrowedFd<'_>, entry: &MountEntry) -> Result<(), Errn
 /// that is locked is asked to keep them all.
 fn remount(target: BorrowedFd<'_>, entry: &MountEntry, data: &[String]) -> Result<(), Errno> {
     let current = rustix::fs::fstatvfs(target)?.f_flag;
-    let named = [
-        (libc::MOUNT_ATTR_RDONLY, StatVfsMountFlags::RDONLY, MountFlags::RDONLY),
-        (libc::MOUNT_ATTR_NOSUID, StatVfsMountFlags::NOSUID, MountFlags::NOSUID),
-        (libc::MOUNT_ATTR_NODEV, StatVfsMountFlags::NODEV, MountFlags::NODEV),
-        (libc::MOUNT_ATTR_NOEXEC, StatVfsMountFlags::NOEXEC, MountFlags::NOEXEC),
-        (libc::MOUNT_ATTR_NOATIME, StatVfsMountFlags::NOATIME, MountFlags::NOATIME),
-        (libc::MOUNT_ATTR_NODIRATIME, StatVfsMountFlags::NODIRATIME, MountFlags::NODIRATIME),
-    ];
     let flags = |keep_all: bool| {
-        let wanted = named.iter().filter(|(attribute, present, _)| {
+        let wanted = FLAGS.iter().filter(|(attribute, present, _)| {
             entry.set & attribute != 0 || (current.contains(*present) && (keep_all || entry.clear & attribute == 0))
         });
         let mut flags = wanted.fold(MountFlags::empty(), |flags, (.., flag)| flags | *flag);

@@ -12,7 +12,7 @@ use rustix::thread::{CapabilitySet, ThreadNameSpaceType};
 
 use crate::request::User;
 use crate::sys::channel::{self, Channel};
-use crate::sys::mount::{Attributes, clone_tree, set_attributes};
+use crate::sys::mount::clone_tree;
 use crate::sys::process::{Forked, become_user_keeping, die_with_parent, exit_now, fork};
 
 /// The kinds of namespaces a container may have of its own, with their names in `/proc/PID/ns`.
@@ -61,7 +61,7 @@ pub fn enter_root(pid: i32) -> io::Result<OwnedFd> {
 }
 
 /// A detached clone of the root mount of the container that the process behind `pidfd` belongs to, which is `user`'s:
-/// without what is mounted below, and writable. `None` if the process has ended.
+/// without what is mounted below. `None` if the process has ended.
 pub fn clone_root(pidfd: BorrowedFd<'_>, user: &User) -> io::Result<Option<OwnedFd>> {
     let (ours, theirs) = channel::pair::<(), Found>()?;
     let broker = rustix::process::getpid();
@@ -109,6 +109,5 @@ fn clone_inside(pidfd: BorrowedFd<'_>, user: &User, broker: Pid) -> io::Result<O
     if rustix::fs::fstatfs(&root)?.f_type != libc::OVERLAYFS_SUPER_MAGIC {
         return Err(Errno::INVAL.into());
     }
-    set_attributes(root.as_fd(), &Attributes { clear: libc::MOUNT_ATTR_RDONLY, ..Attributes::default() })?;
     Ok(root)
 }

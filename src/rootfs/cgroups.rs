@@ -9,7 +9,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::Pid;
 
-use crate::sys::mount::{Attributes, attach, clone_tree, set_attributes};
+use crate::sys::mount::{Attributes, attach, attach_changed, clone_tree, set_attributes};
 
 const CGROUPS: &str = "/sys/fs/cgroup";
 
@@ -55,10 +55,10 @@ fn narrow(view: &View) -> Result<(), Errno> {
     }
     let tree = clone_tree(CWD.as_fd(), &view.directory, true)?;
     let attributes = Attributes { set: libc::MOUNT_ATTR_RDONLY, ..Attributes::default() };
-    set_attributes(tree.as_fd(), &attributes)?;
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let target = rustix::fs::open(&view.mount_point, flags, Mode::empty())?;
-    attach(tree.as_fd(), target.as_fd())
+    let tree = tree.as_fd();
+    attach_changed(tree, || set_attributes(tree, &attributes), || attach(tree, target.as_fd()))
 }
 
 fn make_read_only(mount_point: &Path) -> Result<(), Errno> {

@@ -16,7 +16,9 @@ use rustix::thread::UnshareFlags;
 use super::layers::{LayerMountError, LayerMounts, mount_point};
 use crate::request::User;
 use crate::store::LeasedLayer;
-use crate::sys::mount::{Attributes, FsContext, MountError, attach_at, clone_tree, set_attributes};
+use crate::sys::mount::{
+    Attributes, FsContext, MountError, NOSYMFOLLOW, attach_at, clone_tree, set_attributes, set_attributes_at,
+};
 
 /// Most lower layers overlay takes (`OVL_MAX_STACK`).
 pub const MAX_LAYERS: usize = 500;
@@ -80,7 +82,7 @@ pub fn mount(
     // In the namespace that the directory is in.
     let kept = match upper {
         Upper::Scratch(_) => None,
-        Upper::Kept { directory, .. } => Some(kept_layer(directory)?),
+        Upper::Kept { directory, .. } => Some(clone_tree(directory, Path::new(""), false).map_err(step("open_tree"))?),
     };
     mounts.enter(&layers)?;
     // SAFETY: a mount namespace changes no descriptor or memory of this single-threaded process.
@@ -96,7 +98,11 @@ pub fn mount(
     attach_new(&scratch_layer(user, size)?, workspace)?;
     rustix::process::chdir(workspace).map_err(step("chdir"))?;
     if let Some(kept) = &kept {
+        // Its user can rename what is in it at any moment, so that no link may be followed there, wherever it leads.
         attach_new(kept, Path::new("k"))?;
+        let set = NOSYMFOLLOW | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+        let attributes = Attributes { set, ..Attributes::default() };
+        set_attributes_at(Path::new("k"), &attributes).map_err(step("mount_setattr"))?;
     }
     let (upper_path, new, options) = match upper {
         // volatile: the upper layer never outlives the container, so nothing is gained by syncing it.
@@ -175,18 +181,6 @@ fn scratch_layer(user: &User, size: Option<&str>) -> Result<OwnedFd, MountError>
     rustix::fs::chownat(&mount, "u", Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW).map_err(step("chown"))?;
     Ok(mount)
 }
-
-/// A detached mount of a kept container's directory. Its user can rename what is in it at any moment, so that no link may
-/// be followed there, wherever it leads.
-fn kept_layer(directory: BorrowedFd<'_>) -> Result<OwnedFd, MountError> {
-    let mount = clone_tree(directory, Path::new(""), false).map_err(step("open_tree"))?;
-    let set = MOUNT_ATTR_NOSYMFOLLOW | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
-    set_attributes(mount.as_fd(), &Attributes { set, ..Attributes::default() }).map_err(step("mount_setattr"))?;
-    Ok(mount)
-}
-
-/// `MOUNT_ATTR_NOSYMFOLLOW` of <linux/mount.h> (Linux 5.14).
-const MOUNT_ATTR_NOSYMFOLLOW: u64 = 0x0020_0000;
 
 /// The merged root directory has the attributes of the upper one: give it those of the image's.
 pub(super) fn inherit_root_attributes(top: &OwnedFd, upper: &str) -> Result<(), Errno> {
