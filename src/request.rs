@@ -69,6 +69,36 @@ pub struct StepRequest {
     pub batch_script: Option<PathBuf>,
 }
 
+impl StepRequest {
+    /// A container of `user`'s about which nothing is said, in `cwd`.
+    pub fn bare(user: User, cwd: PathBuf) -> Self {
+        Self {
+            protocol: PROTOCOL_VERSION,
+            user,
+            step: None,
+            image: None,
+            pull: None,
+            meaning: None,
+            name: None,
+            job_scope: false,
+            save: None,
+            entrypoint: false,
+            entrypoint_log: false,
+            unshare: Unshare::default(),
+            devices: Vec::new(),
+            importer: None,
+            cwd,
+            mounts: Vec::new(),
+            container_env: Vec::new(),
+            workdir: None,
+            mount_home: None,
+            remap_root: None,
+            writable: None,
+            batch_script: None,
+        }
+    }
+}
+
 /// The job's user. Groups come from Slurm, not from a look-up on the node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct User {

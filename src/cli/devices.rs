@@ -8,7 +8,7 @@ use std::process::ExitCode;
 
 use serde::Serialize;
 
-use super::run::{bare_request, join};
+use super::run::join;
 use crate::config::Config;
 use crate::devices::access::DeviceAccess;
 use crate::devices::cdi::{QualifiedName, Registry};
@@ -283,7 +283,11 @@ fn request(args: &DevicesArgs, job: &Environment) -> Result<StepRequest, Error> 
         local_tasks: 1,
         total_tasks: 1,
     });
-    Ok(StepRequest { step, devices: args.container_device.clone(), ..bare_request(user)? })
+    Ok(StepRequest {
+        step,
+        devices: args.container_device.clone(),
+        ..StepRequest::bare(user, std::env::current_dir()?)
+    })
 }
 
 impl Container {

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use super::supervise::in_child;
 use crate::options::Options;
 use crate::options::table::OptionId;
-use crate::request::{Environment, PROTOCOL_VERSION, StepRequest, Unshare, User};
+use crate::request::{Environment, StepRequest, User};
 use crate::sys::process::{become_user, exit_now};
 use crate::task::{JoinOptions, LifePipe, Outcome, UserMessage, start_broker};
 
@@ -153,7 +153,6 @@ fn request(args: &RunArgs, user: User) -> Result<StepRequest, Error> {
     Ok(StepRequest {
         image: options.image,
         pull: options.pull,
-        meaning: None,
         name: options.name,
         save: options.save,
         entrypoint: options.entrypoint.unwrap_or(false),
@@ -166,35 +165,7 @@ fn request(args: &RunArgs, user: User) -> Result<StepRequest, Error> {
         mount_home: options.mount_home,
         remap_root: options.remap_root,
         writable: options.writable,
-        ..bare_request(user)?
-    })
-}
-
-/// Of a container of `user`'s that nothing is said about.
-pub(super) fn bare_request(user: User) -> Result<StepRequest, Error> {
-    Ok(StepRequest {
-        protocol: PROTOCOL_VERSION,
-        user,
-        step: None,
-        image: None,
-        pull: None,
-        meaning: None,
-        name: None,
-        job_scope: false,
-        save: None,
-        entrypoint: false,
-        entrypoint_log: false,
-        unshare: Unshare::default(),
-        devices: Vec::new(),
-        importer: None,
-        cwd: std::env::current_dir()?,
-        mounts: Vec::new(),
-        container_env: Vec::new(),
-        workdir: None,
-        mount_home: None,
-        remap_root: None,
-        writable: None,
-        batch_script: None,
+        ..StepRequest::bare(user, std::env::current_dir()?)
     })
 }
 

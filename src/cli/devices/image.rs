@@ -29,7 +29,8 @@ pub fn look(
     }
     let mut options = Options::default();
     options.set(OptionId::Image, image.as_bytes())?;
-    let request = StepRequest { image: options.image, ..run::bare_request(run::look_up(user)?)? };
+    let bare = StepRequest::bare(run::look_up(user)?, std::env::current_dir()?);
+    let request = StepRequest { image: options.image, ..bare };
     // What looks at it decides on devices.
     let mut environment: Environment = std::env::vars_os().map(|(name, value)| run::join(name, value)).collect();
     for name in [GPUS, INFINIBAND] {

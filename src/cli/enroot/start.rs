@@ -20,7 +20,7 @@ use crate::enroot::script::Script;
 use crate::init::Start;
 use crate::init::alone::{Alone, Extras, Failure, ImageServer, Ready, Runtime};
 use crate::mounts::fstab::Fstab;
-use crate::request::{ContainerEnv, Environment, PROTOCOL_VERSION, StepRequest, Unshare, User};
+use crate::request::{ContainerEnv, Environment, StepRequest, Unshare, User};
 use crate::rootfs::overlay;
 use crate::squashfs::reader::Image;
 use crate::sys::mount::clone_tree;
@@ -229,34 +229,19 @@ fn find(typed: &OsStr, context: &Context) -> Result<Target, Error> {
 fn request(args: &StartOptions, context: &Context, named: &Environment) -> StepRequest {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let groups = nix::unistd::getgroups().unwrap_or_default();
+    let user = User {
+        uid: context.identity.uid,
+        gid: context.identity.gid,
+        groups: groups.into_iter().map(nix::unistd::Gid::as_raw).collect(),
+    };
     StepRequest {
-        protocol: PROTOCOL_VERSION,
-        user: User {
-            uid: context.identity.uid,
-            gid: context.identity.gid,
-            groups: groups.into_iter().map(nix::unistd::Gid::as_raw).collect(),
-        },
-        step: None,
-        image: None,
-        pull: None,
-        meaning: None,
-        name: None,
-        job_scope: false,
-        save: None,
         // The image's /etc/rc decides what to start.
         entrypoint: true,
-        entrypoint_log: false,
         unshare: Unshare { net: args.net, ipc: args.ipc, uts: args.uts },
-        devices: Vec::new(),
-        importer: None,
-        cwd: context.identity.cwd.clone(),
-        mounts: Vec::new(),
         container_env: named.iter().map(|(name, value)| ContainerEnv::Set(text(name), text(value))).collect(),
-        workdir: None,
-        mount_home: None,
         remap_root: args.root.then_some(true),
         writable: args.rw.then_some(true),
-        batch_script: None,
+        ..StepRequest::bare(user, context.identity.cwd.clone())
     }
 }
 
