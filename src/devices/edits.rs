@@ -27,8 +27,6 @@ pub struct ContainerEdits {
     pub env: Vec<(String, String)>,
     /// Hooks, in order.
     pub hooks: Vec<Hook>,
-    /// Supplementary groups that the devices' nodes want.
-    pub additional_gids: Vec<u32>,
     /// What Slurm calls each GPU that the container sees, in the task's `CUDA_VISIBLE_DEVICES`, and its number in the container.
     /// Empty if none differ.
     pub gpu_numbers: Vec<(u32, u32)>,
@@ -49,7 +47,6 @@ impl ContainerEdits {
         self.links.extend(other.links);
         self.env.extend(other.env);
         self.hooks.extend(other.hooks);
-        self.additional_gids.extend(other.additional_gids);
         self.gpu_numbers.extend(other.gpu_numbers);
         self.notices.extend(other.notices);
         self.log.extend(other.log);

@@ -55,7 +55,7 @@ pub fn appear(
     let edits =
         plan(&inputs, &mut || inventory(start, &node, outside)).map_err(|error| InitError::Other(error.to_string()))?;
     let say = &mut |message| outside.say(message);
-    for notice in edits.notices.iter().cloned().chain(missing_groups(start, &edits.additional_gids)) {
+    for notice in &edits.notices {
         say(UserMessage::Notice(format!("pyxis: {notice}")));
     }
     let request = start.request;
@@ -84,14 +84,4 @@ fn inventory(start: &Start<'_>, node: &Host, outside: &mut dyn Outside) -> Resul
     }
     let taken = outside.take_inventory(start)?;
     Inventory::parse(&taken, &key).ok_or_else(|| "NVML and the kernel say different things about the GPUs".into())
-}
-
-/// In a user namespace of his own nobody gets groups that he has not.
-fn missing_groups(start: &Start<'_>, wanted: &[u32]) -> Option<String> {
-    let user = &start.request.user;
-    let missing = wanted.iter().filter(|&&gid| gid != user.gid && !user.groups.contains(&gid) && user.uid != 0);
-    let mut missing: Vec<String> = missing.map(u32::to_string).collect();
-    missing.dedup();
-    (!missing.is_empty())
-        .then(|| format!("devices of this container are for members of the groups {} only", missing.join(", ")))
 }
