@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod check;
+mod yaml;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -232,21 +233,33 @@ impl Document {
                     problem: one_line(problem),
                 }
             })?,
-            Format::Yaml => {
-                let options = serde_saphyr::options! { with_snippet: false };
-                serde_saphyr::from_slice_with_options(bytes, options).map_err(|error| {
-                    let text = error.to_string();
-                    let place = error.location().map(|place| (place.line(), place.column()));
-                    let problem = match place {
-                        Some(_) => text.rsplit_once(" at line ").map_or(text.as_str(), |(problem, _)| problem),
-                        None => &text,
-                    };
-                    InvalidDocument { place, problem: one_line(problem) }
-                })?
-            }
+            Format::Yaml => match Self::from_plain_yaml(bytes) {
+                Some(document) => document,
+                None => Self::from_any_yaml(bytes)?,
+            },
         };
         let kind = document.check()?;
         Ok((kind, document))
+    }
+
+    /// What a YAML file says that has no more of YAML than a program's output has: not judged yet.
+    pub fn from_plain_yaml(bytes: &[u8]) -> Option<Self> {
+        // What is wrong is said by the parser that knows where.
+        serde_json::from_value(yaml::parse(bytes)?).ok()
+    }
+
+    /// What a YAML file says, whatever of YAML it has: not judged yet.
+    pub fn from_any_yaml(bytes: &[u8]) -> Result<Self, InvalidDocument> {
+        let options = serde_saphyr::options! { with_snippet: false };
+        serde_saphyr::from_slice_with_options(bytes, options).map_err(|error| {
+            let text = error.to_string();
+            let place = error.location().map(|place| (place.line(), place.column()));
+            let problem = match place {
+                Some(_) => text.rsplit_once(" at line ").map_or(text.as_str(), |(problem, _)| problem),
+                None => &text,
+            };
+            InvalidDocument { place, problem: one_line(problem) }
+        })
     }
 
     /// Whether paths of device nodes are patterns.

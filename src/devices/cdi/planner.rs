@@ -219,10 +219,11 @@ impl Planner {
         edits.mounts = self.binds.into_iter().map(|bind| bind.entry).collect();
         edits.links =
             self.links.into_iter().map(|(target, path)| Link { path: path.into(), target: target.into() }).collect();
-        let (own, foreign): (Vec<u32>, Vec<u32>) =
-            self.groups.into_iter().partition(|group| user.gid == *group || user.groups.contains(group));
-        edits.additional_gids = own;
-        let foreign = foreign.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
+        // In a user namespace of his own nobody gets groups that he has not.
+        let has = |group: u32| user.gid == group || user.groups.contains(&group);
+        let foreign: Vec<String> =
+            self.groups.into_iter().filter(|&group| !has(group)).map(|group| group.to_string()).collect();
+        let foreign = foreign.join(", ");
         if let Some(text) = closed_nodes(&self.closed, &foreign) {
             edits.notices.push(text);
         } else if !foreign.is_empty() {
