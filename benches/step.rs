@@ -13,6 +13,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
+use testbed::allocation::Allocation;
 use testbed::install::Build;
 use testbed::{ClusterOptions, Running, Testbed, images, process, wait};
 
@@ -132,34 +133,13 @@ fn busy_milliseconds() -> Result<f64> {
     Ok((ticks[0] + ticks[1] + ticks[2] + ticks[5] + ticks[6]) * 10.0)
 }
 
-/// An allocation that steps are started in.
-struct Allocation<'a> {
-    bed: &'a Testbed,
-    job: String,
+fn allocate(bed: &Testbed) -> Result<Allocation<'_>> {
+    Allocation::new(&bed.cluster, &["-N1", "-n16"])
 }
 
-impl<'a> Allocation<'a> {
-    fn new(bed: &'a Testbed) -> Result<Self> {
-        let arguments = ["--no-shell", "--quiet", "-N1", "-n16", "--job-name=bench"];
-        let allocated = process::run(&mut bed.cluster.command(0, "salloc", arguments), testbed::wait::DEADLINE)?;
-        allocated.success()?;
-        let job = bed.cluster.admin("squeue", ["--noheader", "--name=bench", "--format=%i"])?.trim().to_owned();
-        Ok(Self { bed, job })
-    }
-
-    /// Runs `srun OPTIONS true` in it.
-    fn step(&self, options: &[String]) -> Result<()> {
-        let job = format!("--jobid={}", self.job);
-        let mut command = self.bed.cluster.command(0, "srun", [job.as_str(), "-N1", "--mpi=none"]);
-        quiet(command.args(options).arg("/bin/true"))
-    }
-}
-
-impl Drop for Allocation<'_> {
-    fn drop(&mut self) {
-        // The cluster goes down anyway.
-        let _ = self.bed.cluster.admin("scancel", [&self.job]);
-    }
+/// Runs `srun OPTIONS true` in the job.
+fn step(job: &Allocation<'_>, options: &[String]) -> Result<()> {
+    quiet(job.srun(["-N1", "--mpi=none"]).args(options).arg("/bin/true"))
 }
 
 /// Runs a command for its success only.
@@ -171,7 +151,7 @@ fn quiet(command: &mut Command) -> Result<()> {
 
 /// A step in an image that is in the store, against the same step without a container.
 fn steps(bed: &Testbed) -> Result<()> {
-    let allocation = Allocation::new(bed)?;
+    let allocation = allocate(bed)?;
     for tasks in [1, 8] {
         let options = |image: Option<&str>| -> Vec<String> {
             std::iter::once(format!("-n{tasks}")).chain(image.map(|name| format!("--container-image={name}"))).collect()
@@ -179,7 +159,7 @@ fn steps(bed: &Testbed) -> Result<()> {
         let noun = if tasks == 1 { "1 task" } else { "8 tasks" };
         let contender = |name: String, image: Option<&str>| {
             let (allocation, options) = (&allocation, options(image));
-            Contender::new(name, move || allocation.step(&options))
+            Contender::new(name, move || step(allocation, &options))
         };
         compare(&mut [
             contender(format!("a bare step, {noun}"), None),
@@ -193,17 +173,16 @@ fn steps(bed: &Testbed) -> Result<()> {
 /// Steps in a container that is kept, against the same step without a container: one after the other, and in one that
 /// another step runs.
 fn named(bed: &Testbed) -> Result<()> {
-    let allocation = Allocation::new(bed)?;
+    let allocation = allocate(bed)?;
     let options = |words: &[&str]| -> Vec<String> { ["-n1"].iter().chain(words).map(|&word| word.into()).collect() };
-    allocation.step(&options(&["--container-image=alpine", "--container-name=stopped"]))?;
-    let job = format!("--jobid={}", allocation.job);
-    let arguments = [&job, "--overlap", "--mpi=none", "-n1", "--container-image=alpine", "--container-name=running"];
-    let mut command = bed.cluster.command(0, "srun", arguments.iter().chain(&["sh", "-c", "echo up; exec cat"]));
+    step(&allocation, &options(&["--container-image=alpine", "--container-name=stopped"]))?;
+    let arguments = ["--overlap", "--mpi=none", "-n1", "--container-image=alpine", "--container-name=running"];
+    let mut command = allocation.srun(arguments.iter().chain(&["sh", "-c", "echo up; exec cat"]));
     let mut running = Running::start(command.stdin(Stdio::piped()))?;
     running.wait_for_text("up", wait::DEADLINE)?;
     let contender = |name: &str, words: &[&str]| {
         let (allocation, options) = (&allocation, options(&[&["--overlap"], words].concat()));
-        Contender::new(name, move || allocation.step(&options))
+        Contender::new(name, move || step(allocation, &options))
     };
     compare(&mut [
         contender("a bare step beside another one", &[]),
@@ -242,11 +221,11 @@ fn devices(bed: &Testbed) -> Result<()> {
     fs::write(directory.join("gpu.json"), specification.to_string())?;
     let settings = format!("[devices]\ncdi_directories = [{directory:?}]\n");
     bed.pyxis.configure(&(testbed::install::hub_mirror(&bed.hub.host()) + &settings))?;
-    let allocation = Allocation::new(bed)?;
+    let allocation = allocate(bed)?;
     let contender = |name: &str, device: Option<&str>| {
         let words = ["-n1", "--container-image=alpine"].into_iter().chain(device);
         let (allocation, options) = (&allocation, words.map(str::to_owned).collect::<Vec<_>>());
-        Contender::new(name, move || allocation.step(&options))
+        Contender::new(name, move || step(allocation, &options))
     };
     compare(&mut [
         contender("one without devices", None),
@@ -259,16 +238,16 @@ fn devices(bed: &Testbed) -> Result<()> {
 
 /// A step without any option, with the plugin loaded and without.
 fn plugin_alone(bed: &Testbed) -> Result<()> {
-    let allocation = Allocation::new(bed)?;
+    let allocation = allocate(bed)?;
     let bare = ["-n1".to_owned()];
     compare(&mut [
         Contender::new("`srun true` without plugins", || {
             bed.cluster.set_plugstack("")?;
-            allocation.step(&bare)
+            step(&allocation, &bare)
         }),
         Contender::new("`srun true`", || {
             bed.cluster.set_plugstack(&bed.pyxis.plugstack)?;
-            allocation.step(&bare)
+            step(&allocation, &bare)
         }),
     ])
 }

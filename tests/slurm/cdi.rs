@@ -14,6 +14,7 @@ pub const CASES: &[Case] = &[
     ("by_option_variable_and_script", asked),
     ("all_that_a_device_needs", edits),
     ("what_vendors_tools_write", vendors),
+    ("what_fabrics_describe", fabrics),
     ("what_slurm_has_given", gres),
     ("names_that_match_nothing", unknown),
     ("malformed_files_and_what_has_vanished", broken),
@@ -99,7 +100,9 @@ fn edits(world: &mut World) -> Result<()> {
                 {"path": "/dev/null"}
             ],
             "env": ["DEVICE=zero"],
-        }}, {"name": "closed", "containerEdits": {"deviceNodes": [{"path": "/dev/kmsg"}]}}],
+        }}, {"name": "closed", "containerEdits": {
+            "deviceNodes": [{"path": "/dev/kmsg"}], "additionalGids": [group, 4242]
+        }}],
         "containerEdits": {
             "mounts": [
                 {"hostPath": home.join("tool"), "containerPath": "/opt/vendor/tool", "options": ["ro", "nosuid", "bind"]},
@@ -128,9 +131,18 @@ fn edits(world: &mut World) -> Result<()> {
         let closed =
             world.srun(&[IMAGE, "--container-device=vendor.com/device=closed", "ls", "/dev/kmsg"])?.success()?;
         ensure!(
-            closed.stderr.contains("pyxis: you may not open /dev/kmsg, so that programs cannot use it\n"),
+            closed.stderr.contains(
+                "pyxis: you may not open /dev/kmsg, so that programs cannot use it; members of the groups 4242 may\n"
+            ),
             "{closed}"
         );
+        // What Slurm does is in the node's log.
+        let node = &world.bed.cluster.nodes()[0];
+        let mut command = node.command(&world.bed.pyxis.executable.display().to_string());
+        command.arg("--config").arg(&world.bed.pyxis.config).args(["run", "--verbose", "--user", &world.user(0).name]);
+        command.args(["--container-device=vendor.com/device=0", "alpine:latest", "true"]);
+        let output = process::run(command.env("ENROOT_RESTRICT_DEV", "y"), wait::DEADLINE)?.success()?;
+        ensure!(output.stderr.contains("etc/v.json: intelRdt: left to Slurm's plugins\n"), "{output}");
         // In the host's own /dev nothing is made.
         arguments.remove(0);
         arguments.insert(0, IMAGE);
@@ -181,6 +193,50 @@ fn vendors(world: &mut World) -> Result<()> {
         assert_eq!(
             world.sh(&options, script)?,
             "smi\n../bin/vendor-smi\nlibvendor.so libvendor.so.1 libvendor.so.1.2.3\nlibvendor.so.1.2.3\nvoid"
+        );
+        Ok(())
+    })
+}
+
+/// As the operators for Elastic Fabric Adapters and Slingshot do: nodes, a library and its directory, a variable.
+fn fabrics(world: &mut World) -> Result<()> {
+    let fabric = world.make_directory(0, "work/cdi-fabric")?;
+    let header = [&b"\x7fELF\x02\x01\x01"[..], &[0; 57]].concat();
+    fs::write(fabric.join("libcxi.so.1.5.0"), header)?;
+    let node = |path: &str, host: &str| json!({"path": path, "hostPath": host, "permissions": "rw"});
+    let device =
+        |name: &str, nodes: &[serde_json::Value]| json!({"name": name, "containerEdits": {"deviceNodes": nodes}});
+    let efa = json!({
+        "cdiVersion": "0.6.0", "kind": "aws.amazon.com/efa",
+        "devices": [device("0", &[node("/dev/infiniband/uverbs0", "/dev/zero")]),
+                    device("all", &[node("/dev/infiniband/uverbs0", "/dev/zero"), node("/dev/infiniband/uverbs1", "/dev/full")])],
+        "containerEdits": {"env": ["FI_PROVIDER=efa"], "deviceNodes": [node("/dev/infiniband/rdma_cm", "/dev/null")]}
+    });
+    let hook = |arguments: &[&str]| json!({"hookName": "createContainer", "path": "/usr/bin/nvidia-cdi-hook", "args": arguments});
+    let cxi = json!({
+        "cdiVersion": "0.6.0", "kind": "hpe.com/cxi",
+        "devices": [device("cxi0", &[node("/dev/cxi0", "/dev/zero")])],
+        "containerEdits": {
+            "mounts": [{"hostPath": fabric.join("libcxi.so.1.5.0"), "containerPath": "/usr/lib64/libcxi.so.1.5.0",
+                        "options": ["ro", "nosuid", "nodev", "bind"]}],
+            "hooks": [hook(&["nvidia-cdi-hook", "create-symlinks", "--link", "libcxi.so.1.5.0::/usr/lib64/libcxi.so.1"]),
+                      hook(&["nvidia-cdi-hook", "update-ldcache", "--folder", "/usr/lib64"])]
+        }
+    });
+    let files = [("etc/efa.json", efa.to_string()), ("run/cxi.json", cxi.to_string())];
+    with_files(world, &files, "", |world, _| {
+        let script = "cd /dev; echo $(ls cxi* infiniband/* 2>/dev/null); echo $FI_PROVIDER \
+                      $(find / -xdev -name 'libcxi*' | sed 's,.*/,,' | sort) $(grep -a -o -m1 libcxi.so.1.5.0 /etc/ld.so.cache)";
+        let step = |devices: &str| -> Result<String> {
+            let devices = format!("--container-device={devices}");
+            let mut command = world.bed.cluster.command(0, "srun", [IMAGE, &devices, "sh", "-c", script]);
+            Ok(process::run(command.env("ENROOT_RESTRICT_DEV", "y"), wait::DEADLINE)?.success()?.stdout)
+        };
+        assert_eq!(step("aws.amazon.com/efa=0")?, "infiniband/rdma_cm infiniband/uverbs0\nefa\n");
+        let library = "libcxi.so.1 libcxi.so.1.5.0 libcxi.so.1.5.0";
+        assert_eq!(
+            step("hpe.com/cxi=cxi0,aws.amazon.com/efa=all")?,
+            format!("cxi0 infiniband/rdma_cm infiniband/uverbs0 infiniband/uverbs1\nefa {library}\n")
         );
         Ok(())
     })

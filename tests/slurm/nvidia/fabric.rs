@@ -13,8 +13,11 @@ use super::{LIBRARIES, gpus};
 use crate::Case;
 use crate::world::World;
 
-pub const CASES: &[Case] =
-    &[("infiniband_devices_as_the_variable_says", devices), ("images_without_verbs_get_the_nodes", verbs)];
+pub const CASES: &[Case] = &[
+    ("infiniband_devices_as_the_variable_says", devices),
+    ("images_without_verbs_get_the_nodes", verbs),
+    ("sharp_for_jobs_that_ask_for_it", sharp),
+];
 
 /// Two of mlx5 and one of mlx4; addresses are not in the order of the numbers.
 const DEVICES: [(&str, &str, u32); 3] =
@@ -180,6 +183,34 @@ fn verbs(world: &mut World) -> Result<()> {
         // mlx4 has no provider here: what there is appears all the same.
         let seen = gpus.sh(0, &[("MELLANOX_VISIBLE_DEVICES", "0")], &format!("ls {LIBRARIES} | grep -c libibverbs"))?;
         assert_eq!(seen, "2");
+        Ok(())
+    })
+}
+
+/// Variables for the network's own reductions, unless they have a value already, or the administrator wants none. Slurm tells
+/// steps of `sbatch` and `salloc` about the network; those of `srun` alone it does not.
+fn sharp(world: &mut World) -> Result<()> {
+    let gpus = gpus(world)?;
+    with_fabric(gpus, || {
+        let script = "echo $SHARP_COLL_LOCK_ON_COMM_INIT-$SHARP_COLL_NUM_COLL_GROUP_RESOURCE_ALLOC_THRESHOLD-\
+                      $NCCL_COLLNET_ENABLE-$NCCL_SHARP_GROUP_SIZE_THRESH";
+        let run = |devices: &str, network: Option<&str>, options: &[&str]| -> Result<String> {
+            let image = ["srun", "--container-image=cuda"];
+            let arguments = [network.as_slice(), &image, options, &["sh", "-c", script]].concat();
+            let mut command = gpus.bed.cluster.command(0, "salloc", arguments);
+            command.env("NVIDIA_VISIBLE_DEVICES", "void").env("MELLANOX_VISIBLE_DEVICES", devices);
+            Ok(process::run(&mut command, testbed::wait::DEADLINE * 2)?.success()?.stdout.trim_end().to_owned())
+        };
+        let network = Some("--network=sharp");
+        assert_eq!(run("all", network, &[])?, "1-0-1-1");
+        assert_eq!(run("all", network, &["--container-env=NCCL_COLLNET_ENABLE=0"])?, "1-0-0-1");
+        assert_eq!(run("all", None, &[])?, "---");
+        assert_eq!(run("void", network, &[])?, "---");
+        let configuration = testbed::install::hub_mirror(&gpus.bed.hub.host());
+        gpus.bed.pyxis.configure(&format!("{configuration}[devices]\nsharp = false\n"))?;
+        let off = run("all", network, &[]);
+        gpus.bed.pyxis.configure(&configuration)?;
+        assert_eq!(off?, "---");
         Ok(())
     })
 }

@@ -2,8 +2,10 @@
 
 mod compat;
 mod fabric;
+mod joining;
 mod node;
 mod parts;
+mod services;
 mod specifications;
 mod wanting;
 
@@ -20,7 +22,17 @@ use node::{VERSION, uuid};
 
 /// The cases of this module and of those below it.
 pub fn cases() -> Vec<Case> {
-    [CASES, compat::CASES, fabric::CASES, parts::CASES, specifications::CASES, wanting::CASES].concat()
+    [
+        CASES,
+        compat::CASES,
+        fabric::CASES,
+        joining::CASES,
+        parts::CASES,
+        services::CASES,
+        specifications::CASES,
+        wanting::CASES,
+    ]
+    .concat()
 }
 
 const CASES: &[Case] = &[
@@ -158,22 +170,12 @@ fn job_sees_its_own(world: &mut World) -> Result<()> {
     let one = step("--gpus-per-node=1", "-n1", &opened)?;
     assert_eq!(one, "nvidia-uvm nvidia-uvm-tools nvidia0 nvidiactl\n0000:10:00.0 0\n");
     // Two steps at once have different GPUs, both of which are number 0 where they are seen.
-    let script = format!("{opened}; echo $SLURM_STEP_GPUS");
-    let second = step("--gpu-bind=none", "-n1", "true").is_ok();
-    ensure!(second, "a step without GPUs");
-    let pair = format!(
-        "srun --exact -n1 --gpus=1 --container-image=cuda sh -c 'sleep 3; {LIST}; echo at $CUDA_VISIBLE_DEVICES' &
-         srun --exact -n1 --gpus=1 --container-image=cuda sh -c 'sleep 3; {LIST}; echo at $CUDA_VISIBLE_DEVICES' & wait"
-    );
-    let mut command = gpus.bed.cluster.command(0, "salloc", ["-n2", "--gpus=2", "sh", "-c", &pair]);
-    let output = process::run(&mut command, wait::DEADLINE * 2)?.success()?;
-    let expected = [
-        "at 0",
-        "at 0",
-        "nvidia-uvm nvidia-uvm-tools nvidia0 nvidiactl",
-        "nvidia-uvm nvidia-uvm-tools nvidia1 nvidiactl",
-    ];
-    assert_eq!(sorted(&output.stdout), expected, "{script}");
+    let mut pair = gpus.at_once(2, "cuda", &[], &format!("{LIST}; echo at $CUDA_VISIBLE_DEVICES"))?;
+    pair.sort_unstable();
+    let of = |gpu: &str| format!("nvidia-uvm nvidia-uvm-tools {gpu} nvidiactl\nat 0");
+    assert_eq!(pair, ["nvidia0", "nvidia1"].map(of));
+    // Who has bound GPUs to tasks, and has none.
+    step("--gpu-bind=none", "-n1", "true")?;
     // Every task its own.
     let tasks = step("--gpus-per-task=1", "-n2", "echo $CUDA_VISIBLE_DEVICES $(ls /proc/driver/nvidia/gpus | wc -l)")?;
     assert_eq!(sorted(&tasks), ["0 2", "1 2"]);
@@ -226,20 +228,11 @@ fn with_device_cgroup(gpus: &mut GpuBed, test: impl FnOnce(&GpuBed) -> Result<()
 }
 
 fn constrained(gpus: &GpuBed) -> Result<()> {
-    let script = format!("sleep 3; {LIST}; echo at $CUDA_VISIBLE_DEVICES $(ls /proc/driver/nvidia/gpus)");
-    let pair = format!(
-        "srun --exact -n1 --gpus=1 --container-image=cuda sh -c '{script}' &
-         srun --exact -n1 --gpus=1 --container-image=cuda sh -c '{script}' & wait"
-    );
-    let mut command = gpus.bed.cluster.command(0, "salloc", ["-n2", "--gpus=2", "sh", "-c", &pair]);
-    let output = process::run(&mut command, wait::DEADLINE * 2)?.success()?;
-    let expected = [
-        "at 0 0000:10:00.0",
-        "at 0 0000:11:00.0",
-        "nvidia-uvm nvidia-uvm-tools nvidia0 nvidiactl",
-        "nvidia-uvm nvidia-uvm-tools nvidia1 nvidiactl",
-    ];
-    assert_eq!(sorted(&output.stdout), expected);
+    let script = format!("{LIST}; echo at $CUDA_VISIBLE_DEVICES $(ls /proc/driver/nvidia/gpus)");
+    let mut pair = gpus.at_once(2, "cuda", &[], &script)?;
+    pair.sort_unstable();
+    let of = |(gpu, place): (&str, u8)| format!("nvidia-uvm nvidia-uvm-tools {gpu} nvidiactl\nat 0 0000:{place}:00.0");
+    assert_eq!(pair, [("nvidia0", 10), ("nvidia1", 11)].map(of));
     // Who asks for number 0 gets the first that the job has, whichever it is.
     let visible = [("NVIDIA_VISIBLE_DEVICES", "1")];
     let seen = gpus.sh(2, &visible, "echo $CUDA_VISIBLE_DEVICES $(ls /proc/driver/nvidia/gpus)")?;

@@ -4,13 +4,14 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 use serde_json::json;
+use testbed::allocation::Allocation;
 use testbed::image::{Compression, ImageBuilder};
 use testbed::install::Build;
-use testbed::{ClusterOptions, Output, Testbed, images, process, wait};
+use testbed::{ClusterOptions, Output, Running, Testbed, images, process, wait};
 
 pub const VERSION: &str = "580.159.04";
 /// What can be opened instead of GPUs: zero, full, random.
@@ -129,6 +130,19 @@ impl GpuBed {
         Ok(output.success()?.stdout.trim_end().to_owned())
     }
 
+    /// The same in each of `count` steps of one job with a GPU each, all of which run when they are asked.
+    pub fn at_once(&self, count: usize, image: &str, variables: &[(&str, &str)], script: &str) -> Result<Vec<String>> {
+        let job = Allocation::new(&self.bed.cluster, &[&format!("-n{count}"), &format!("--gpus={count}")])?;
+        let image = format!("--container-image={image}");
+        let begin = |_| {
+            let mut step = job.srun(["--exact", "-n1", "--gpus=1", &image, "sh", "-c", &waiting(script)]);
+            Running::start(step.envs(variables.iter().copied()).stdin(Stdio::piped()))
+        };
+        let mut steps = (0..count).map(begin).collect::<Result<Vec<_>>>()?;
+        steps.iter_mut().try_for_each(|step| step.wait_for_text("last\n", wait::DEADLINE * 2))?;
+        steps.into_iter().map(end).collect()
+    }
+
     /// A shell script on the node, as root.
     pub fn on_node(&self, script: &str) -> Result<String> {
         let node = &self.bed.cluster.nodes()[0];
@@ -139,6 +153,18 @@ impl GpuBed {
     pub fn runtime(&self) -> PathBuf {
         self.bed.cluster.nodes()[0].private("/run/pyxis")
     }
+}
+
+/// A script that goes on when its input ends, after its last line, `last`.
+pub fn waiting(script: &str) -> String {
+    format!("{script}; echo last; cat")
+}
+
+/// Lets a step with such a script go on. Gives what it has written before.
+pub fn end(mut step: Running) -> Result<String> {
+    step.write_stdin(b"")?;
+    let output = step.wait(wait::DEADLINE)?.success()?;
+    Ok(output.stdout.trim_end().trim_end_matches("last").trim_end().to_owned())
 }
 
 pub fn compile(source: &str, output: &Path, arguments: &[&str]) -> Result<()> {

@@ -142,11 +142,10 @@ fn amd(world: &mut World) -> Result<()> {
         assert_eq!(step(2, &[])?, two);
         assert_eq!(step(2, &["--container-device=amd.com/gpu=all"])?, two);
         // Steps at once have different ones.
-        let script = "for step in 1 2; do srun --exact -n1 --gpus=1 --container-image=rocm \
-                      sh -c 'sleep 2; ls /dev/dri | grep render' & done; wait";
-        let mut command = gpus.bed.cluster.command(0, "salloc", ["-n2", "--gpus=2", "sh", "-c", script]);
-        let output = testbed::process::run(command.env("ENROOT_RESTRICT_DEV", "y"), testbed::wait::DEADLINE * 2)?;
-        assert_eq!(crate::world::sorted(&output.success()?.stdout), ["renderD128", "renderD129"]);
+        let restricted = [("ENROOT_RESTRICT_DEV", "y")];
+        let mut pair = gpus.at_once(2, "rocm", &restricted, "ls /dev/dri | grep render")?;
+        pair.sort_unstable();
+        assert_eq!(pair, ["renderD128", "renderD129"]);
         // And the administrator sees it beforehand.
         let node = gpus.bed.cluster.nodes().first().context("a node")?;
         let mut command = node.command(&gpus.bed.pyxis.executable.display().to_string());

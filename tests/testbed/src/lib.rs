@@ -20,6 +20,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod allocation;
 pub mod clean;
 pub mod cluster;
 pub mod connect;
