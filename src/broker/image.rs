@@ -109,6 +109,7 @@ impl Acquisition<'_, '_> {
             Some(TagMeaning::Asked(place)) if settings.asks_for_tags() => self.agree(typed, &settings, &place)?,
             _ => None,
         };
+        settings.for_others = self.turn.is_some();
         let wanted = AcquireRequest { user: &self.request.user, reference, environment: self.environment };
         let in_use = self.in_use;
         let image = self

@@ -13,7 +13,7 @@ use spank_pyxis::image::reference::ImageReference;
 use spank_pyxis::importer::protocol::{Command, FailureKind, Report};
 use spank_pyxis::registry::config::{Mirror, PullFromMirror, RegistryEntry};
 use spank_pyxis::request::{Environment, Meaning, PullPolicy, User};
-use spank_pyxis::store::{Goal, Watermark, Watermarks, now};
+use spank_pyxis::store::{Goal, Store, Watermark, Watermarks, now};
 
 use crate::fake::{FakeImporter, Registries, Repository, answer, digest, image_of, layer};
 use crate::{NoMounts, Site, site};
@@ -590,4 +590,36 @@ fn many_steps_at_once_ask_once() {
     });
     assert_eq!(registries.counts(), (1, 0, 1));
     site.assert_tidy();
+}
+
+/// Another step's import may take long: a node for which others wait does not.
+#[test]
+fn who_asks_for_others_is_not_kept_from_it() {
+    let mut site = site();
+    let registries = Registries::new([("host.example/app", Repository::with("gzip", &["base"]))]);
+    let importer = FakeImporter::honest(&registries);
+    let reference = ImageReference::parse("host.example/app").unwrap();
+    let holder = Store::open(site.store.path()).unwrap();
+    let lock = holder.try_lock(&holder.reference_lock(ALICE, &reference).unwrap()).unwrap().unwrap();
+    site.settings.for_others = true;
+    let mut meant = Vec::new();
+    let image = site.acquire_with(&importer, ALICE, "host.example/app", &mut |event| {
+        if let ImportEvent::Meant(meaning) = event {
+            meant.push(meaning);
+        }
+    });
+    let manifest = image.unwrap().manifest;
+    assert_eq!(meant.len(), 1);
+    assert_eq!((meant[0].digest, meant[0].name.as_str()), (manifest, "host.example/app:latest"));
+    drop(lock);
+    // What is known is told as well.
+    meant.clear();
+    site.acquire_with(&importer, ALICE, "host.example/app", &mut |event| {
+        if let ImportEvent::Meant(meaning) = event {
+            meant.push(meaning);
+        }
+    })
+    .unwrap();
+    assert_eq!((meant.len(), meant[0].digest), (1, manifest));
+    assert_eq!(registries.counts().0, 1);
 }

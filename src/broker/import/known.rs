@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
 
 use super::permit::{self, Permission};
 use super::session::pause;
@@ -12,6 +13,9 @@ use crate::image::reference::ImageReference;
 use crate::policy::Subject;
 use crate::request::{Meaning, PullPolicy};
 use crate::store::{FetchLock, ReferenceRecord, Store, StoreError};
+
+/// How long a node waits for another step's import while others wait for it.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// An image that a user asks for, as far as the store knows it.
 #[derive(Debug, Clone, Copy)]
@@ -30,6 +34,8 @@ pub(super) struct Known<'a> {
 pub(super) enum Turn<'a> {
     /// Ours, until the lock is dropped.
     Ours(FetchLock<'a>),
+    /// Not ours, but other nodes have waited long enough.
+    Unlocked,
     /// Another process of this user's has asked meanwhile.
     Done(AcquiredImage),
 }
@@ -116,6 +122,7 @@ impl<'a> Known<'a> {
     ) -> Result<Turn<'a>, ImportError> {
         let name = self.store.reference_lock(self.request.user.uid, &without_password(self.request.reference))?;
         let mut told = false;
+        let began = Instant::now();
         loop {
             let lock = self.store.try_lock(&name)?;
             // The previous holder may have noted it just before.
@@ -124,6 +131,10 @@ impl<'a> Known<'a> {
             }
             if let Some(lock) = lock {
                 return Ok(Turn::Ours(lock));
+            }
+            // Whoever has the lock may import for hours. What is asked twice costs little, and layers have locks of their own.
+            if self.settings.for_others && began.elapsed() > PATIENCE {
+                return Ok(Turn::Unlocked);
             }
             if !std::mem::replace(&mut told, true) {
                 let image = self.request.reference;

@@ -62,6 +62,8 @@ pub struct ImportSettings {
     pub pull: PullPolicy,
     /// What the image's tag means, if that is known from elsewhere, for all nodes of a step.
     pub meaning: Option<Meaning>,
+    /// Whether other nodes wait for what this one learns of it.
+    pub for_others: bool,
     /// Space that an import needs, as a multiple of the size of the blobs it downloads. Layers of usual images grow two-
     /// to threefold.
     pub space_factor: f64,
@@ -87,6 +89,7 @@ impl Default for ImportSettings {
             confirmation: Duration::from_secs(300),
             pull: PullPolicy::Recent,
             meaning: None,
+            for_others: false,
             space_factor: 3.0,
             watermarks: Watermarks::default(),
             importer_user: "pyxis".into(),
@@ -385,6 +388,7 @@ impl Acquirer<'_> {
             PullPolicy::Always => None,
             _ => match known.lock(cancel, events)? {
                 Turn::Ours(lock) => Some(lock),
+                Turn::Unlocked => None,
                 Turn::Done(image) => {
                     known.meaning()?.into_iter().for_each(|meaning| events(ImportEvent::Meant(meaning)));
                     return Ok(AcquiredImage { from_network: true, ..image });
