@@ -44,6 +44,7 @@ test: prerequisites
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	cargo test --workspace --locked --no-fail-fast
+	tests/kernels/run 5.10 6.1
 	packaging/fuzz-briefly
 
 .PHONY: prerequisites

@@ -11,10 +11,12 @@
  *	item:NUMBER=VALUE	the answer for a spank_item that is a number
  *	init[:ARGUMENT,...]	a hook, with plugstack arguments; likewise the others
  *	option:NAME[=VALUE]	call the callback of a registered option
- *	task:NUMBER		fork a task: task_init_privileged, task_init, and print its environment
+ *	exec:SCRIPT		what tasks execute, instead of printing their environment
+ *	task:NUMBER		fork a task: task_init_privileged, become the job's user, task_init
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <grp.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -35,6 +37,7 @@ static int option_count;
 static uint32_t items[MAX];
 static char *environment[MAX];
 static gid_t groups[] = { 4711, 4712 };
+static const char *script;
 
 long slurm_api_version(void)
 {
@@ -164,9 +167,15 @@ static void task(int number)
 	if (pid == 0) {
 		items[S_TASK_ID] = number;
 		hook("task_init_privileged", "");
-		if (hook("task_init", "") == 0)
+		gid_t gid = items[S_JOB_GID];
+		if (items[S_JOB_UID] && (setgroups(2, groups) || setgid(gid) || setuid(items[S_JOB_UID])))
+			perror("cannot become the job's user");
+		if (hook("task_init", "") == 0) {
+			if (script)
+				execle("/bin/sh", "sh", "-c", script, NULL, environment);
 			for (char **entry = environment; *entry; entry++)
 				printf("%s\n", *entry);
+		}
 		fflush(stdout);
 		_exit(0);
 	}
@@ -213,6 +222,8 @@ int main(int argc, char **argv)
 			if (value)
 				*value++ = '\0';
 			option(text, value);
+		} else if (!strcmp(command, "exec")) {
+			script = text;
 		} else if (!strcmp(command, "task")) {
 			task(atoi(text));
 		} else {
